@@ -1,0 +1,1 @@
+"""Backends: one file a backend; each turns an optimized model into what a runtime loads."""

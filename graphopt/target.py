@@ -1,0 +1,98 @@
+"""Targets: which runtime on which device, and what follows from that for the passes.
+
+Text form ``RUNTIME[:DEVICE]``: ``ort:cpu``, ``ort:cuda``, ``tensorrt:sm89``, ``tensorrt-rtx:sm86+sm89``. Without a device
+the runtime's own default holds (the CPU, the GPU of this machine, every GPU from SM80 on).
+"""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from graphopt.errors import UnknownTarget
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a runtime wants of a graph; the same for all its devices."""
+
+    opset_ceiling: int  # newest default-domain opset that the runtime reads
+    contrib_ops: bool  # whether com.microsoft operators are understood
+    symmetric_int8: bool  # whether activations must have zero point 0
+    channel_alignment: int  # channel counts that are multiples of this fill the hardware's tiles
+    float_types: tuple[str, ...]  # compute types with fast kernels, widest first
+
+
+RUNTIMES: Final[dict[str, Traits]] = {
+    "ort": Traits(26, True, False, 8, ("float32",)),
+    "tensorrt": Traits(24, False, True, 32, ("float32", "bfloat16", "float16")),
+    "tensorrt-rtx": Traits(24, False, True, 32, ("float32", "bfloat16", "float16")),
+}
+
+_COMPUTE_CAPABILITY = re.compile(r"sm\d{2,3}")
+_DEVICE_NAME = re.compile(r"[A-Za-z][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime and a device.
+
+    `device` is ``""`` (the runtime's default), an execution provider for ``ort`` (``cpu``, ``cpu-avx2``, ``cuda``, or a
+    provider's full name), or one or more compute capabilities for TensorRT (``sm86+sm89``).
+    """
+
+    runtime: str
+    device: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read ``RUNTIME[:DEVICE]``.
+
+        Raises:
+            UnknownTarget: the runtime is not known, or the device does not fit it.
+        """
+        runtime, _, device = text.strip().partition(":")
+        if runtime not in RUNTIMES:
+            near = difflib.get_close_matches(runtime, RUNTIMES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known runtimes: {', '.join(RUNTIMES)}"
+            raise UnknownTarget(f"unknown target {text!r}: {hint}")
+        if runtime == "ort":
+            if device and not _DEVICE_NAME.fullmatch(device):
+                raise UnknownTarget(f"target {text!r}: {device!r} is no execution provider; try ort:cpu or ort:cuda")
+        elif device and not all(_COMPUTE_CAPABILITY.fullmatch(part) for part in device.split("+")):
+            raise UnknownTarget(f"target {text!r}: a TensorRT device is one or more of smNN joined by '+', as in sm86+sm89")
+        return cls(runtime, device)
+
+    def __str__(self) -> str:
+        return f"{self.runtime}:{self.device}" if self.device else self.runtime
+
+    @property
+    def traits(self) -> Traits:
+        """What the runtime wants of a graph."""
+        return RUNTIMES[self.runtime]
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """The GPU architectures asked for, as in ``("sm86", "sm89")``; empty for the runtime's default."""
+        return tuple(self.device.split("+")) if self.device and self.runtime != "ort" else ()
+
+
+def cpu_features() -> frozenset[str]:
+    """The x86 instruction sets that decide int8 kernels on this CPU: of ``avx2``, ``avx512f``, ``vnni``, ``amx``.
+
+    Empty where the system does not say (anything but Linux on x86-64).
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
+        return frozenset()
+    flags: set[str] = set()
+    for line in cpuinfo.read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.partition(":")[2].split())
+            break
+    names = {"avx2": {"avx2"}, "avx512f": {"avx512f"}, "vnni": {"avx512_vnni", "avx_vnni"}, "amx": {"amx_int8"}}
+    return frozenset(name for name, markers in names.items() if markers & flags)

@@ -45,7 +45,6 @@ Buffer = memoryview | bytes
 
 EXTERNAL_ABOVE: Final = 1_500_000_000  # bytes of weights from which `save` writes them beside the model (protobuf ends at 2 GiB)
 _MAP_ABOVE: Final = 1024  # bytes of raw_data from which an initializer stays in the file
-_OLDEST_OPSET: Final = 7
 
 
 # --------------------------------------------------------------------------------------------------------- values
@@ -525,17 +524,17 @@ def from_proto(proto: onnx.ModelProto, source: Path | None = None, raws: dict[in
 
     Raises:
         InvalidModel: a rule of the format is broken.
-        UnsupportedModel: an opset before 7 or newer than onnx knows, or an IR version newer than onnx knows.
+        UnsupportedModel: an opset or an IR version newer than onnx knows, or an IR version before 3.
     """
     where = str(source) if source else "the model"
     if not proto.HasField("graph") or not proto.opset_import:
         raise InvalidModel(f"{where!r} holds no graph or no opset import: not an ONNX model, or truncated")
     newest = onnx.defs.onnx_opset_version()
     for entry in proto.opset_import:
-        if _domain(entry.domain) == "" and not _OLDEST_OPSET <= entry.version <= newest:
+        if _domain(entry.domain) == "" and not 1 <= entry.version <= newest:
             raise UnsupportedModel(
-                f"{where!r} uses opset {entry.version}; graphopt reads {_OLDEST_OPSET} to {newest}: "
-                f"convert it with onnx.version_converter, or upgrade onnx ({onnx.__version__})"
+                f"{where!r} uses opset {entry.version}; onnx {onnx.__version__} knows 1 to {newest}: upgrade onnx, "
+                "or convert the model with onnx.version_converter"
             )
     if not 3 <= proto.ir_version <= onnx.IR_VERSION:
         raise UnsupportedModel(f"{where!r} has IR version {proto.ir_version}; graphopt reads 3 to {onnx.IR_VERSION}: upgrade onnx")
@@ -651,7 +650,7 @@ class _Reader:
 
     def graph(self, proto: onnx.GraphProto, outer: dict[str, gs.Tensor], raws: dict[int, Buffer]) -> Graph:
         graph = Graph(name=proto.name)
-        graph.carried = _without(proto, "node", "name", "initializer", "sparse_initializer", "input", "output", "value_info")
+        graph.carried = _without(proto, "node", "initializer", "sparse_initializer", "input", "output", "value_info")
         known: dict[str, gs.Tensor] = {}  # declared or produced here
         where = f"graph {proto.name!r}"
 
@@ -709,7 +708,7 @@ class _Reader:
             inputs = [lookup(name) for name in proto_node.input]
             outputs = [define(name, proto_node) for name in proto_node.output]
             node = Node(proto_node.op_type, proto_node.name, None, inputs, outputs, proto_node.domain)
-            node.carried = _without(proto_node, "input", "output", "name", "op_type", "domain", "attribute")
+            node.carried = _without(proto_node, "input", "output", "attribute")
             node.origin = (proto_node.name or (proto_node.output[0] if proto_node.output else proto_node.op_type),)
             later.append((node, proto_node))
             graph.nodes.append(node)
@@ -900,8 +899,7 @@ class _Writer:
 
     def graph(self, graph: Graph, proto: onnx.GraphProto, extra: list[Constant]) -> None:
         proto.CopyFrom(getattr(graph, "carried", None) or onnx.GraphProto())
-        if graph.name:
-            proto.name = graph.name
+        _set(proto, "name", graph.name or "")
         for constant in [*getattr(graph, "initializers", ()), *extra]:
             if isinstance(constant._values, SparseStoredValues):
                 proto.sparse_initializer.add().CopyFrom(constant._values.sparse)
@@ -924,11 +922,8 @@ class _Writer:
         carried = getattr(node, "carried", None)
         if carried is not None:
             proto.CopyFrom(carried)
-        proto.op_type = node.op
-        if node.name:
-            proto.name = node.name
-        if node.domain:
-            proto.domain = node.domain
+        for field, value in (("op_type", node.op), ("name", node.name or ""), ("domain", node.domain or "")):
+            _set(proto, field, value)
         proto.input.extend(t.name for t in node.inputs)
         proto.output.extend(t.name for t in node.outputs)
         types = getattr(node, "attr_types", {})
@@ -974,8 +969,7 @@ class _Writer:
             proto.data_type = onnx_dtype(values.dtype)
         else:
             proto.CopyFrom(_tensor_proto(values))
-        if constant.name:
-            proto.name = constant.name
+        _set(proto, "name", constant.name or "")
         if not inline and not self.embed(constant):
             for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
                 proto.ClearField(field)
@@ -987,8 +981,7 @@ class _Writer:
         carried = getattr(tensor, "carried", None)
         if carried is not None:
             proto.CopyFrom(carried)
-        if tensor.name:
-            proto.name = tensor.name
+        _set(proto, "name", tensor.name or "")
         if (getattr(tensor, "type", None) or "tensor_type") != "tensor_type":
             return
         described = proto.type.tensor_type
@@ -1012,6 +1005,12 @@ class _Writer:
                     new.dim_value = int(dim)
         if not described.ListFields():
             proto.ClearField("type")
+
+
+def _set(proto: Any, field: str, value: str) -> None:
+    """Set a string field only where it differs: proto2 tells an empty string from an absent one, and we keep what was read."""
+    if getattr(proto, field) != value:
+        setattr(proto, field, value)
 
 
 def _has_info(tensor: gs.Tensor) -> bool:

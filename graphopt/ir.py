@@ -44,6 +44,8 @@ Shape = tuple[Dim, ...]
 Buffer = memoryview | bytes
 
 EXTERNAL_ABOVE: Final = 1_500_000_000  # bytes of weights from which `save` writes them beside the model (protobuf ends at 2 GiB)
+_TEXT_OPSET: Final = 23  # of a graph text without a header: every runtime we emit for reads it
+_TEXT_IR_VERSION: Final = 11
 _MAP_ABOVE: Final = 1024  # bytes of raw_data from which an initializer stays in the file
 
 
@@ -500,7 +502,7 @@ def _read(view: memoryview, name: str, source: Path | None) -> Model:
 
 
 def parse(text: str, source: Path | None = None) -> Model:
-    """Read a model from ONNX text: a model, or a graph alone (which gets the newest opset and IR version).
+    """Read a model from ONNX text: a model, or a graph alone (which gets opset 23 and IR version 11).
 
     Raises:
         InvalidModel: the text does not parse; the message holds line and column.
@@ -512,10 +514,9 @@ def parse(text: str, source: Path | None = None) -> Model:
     except onnx.parser.ParseError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InvalidModel(f"{source or 'text'} does not parse: {' | '.join(lines)[:500]}") from None
-    opset = onnx.defs.onnx_opset_version()
     domains = {_domain(n.domain) for n in graph.node} | {""}
-    imports = [onnx.helper.make_opsetid(d, 1 if d else opset) for d in sorted(domains)]
-    proto = onnx.helper.make_model(graph, opset_imports=imports)
+    imports = [onnx.helper.make_opsetid(d, 1 if d else _TEXT_OPSET) for d in sorted(domains)]
+    proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_TEXT_IR_VERSION)
     return from_proto(proto, source)
 
 

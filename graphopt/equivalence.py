@@ -1,0 +1,261 @@
+"""Do two models compute the same? Inputs that fit both, a run of each as written, and a bound that is argued, not tuned.
+
+Tolerances by class of rewrite (`Exactness`), relative to the largest finite magnitude in an output tensor:
+
+* A, exact: 0. Both sides run unoptimized on one thread, so the same kernels see the same operands.
+* B, re-association: each rewrite rounds its folded weights once (relative error u = 2^-24 in float32); the errors of n
+  independent rewrites add like sqrt(n), and a layer amplifies them by its condition, for which 64 is allowed:
+  ``64 * eps * sqrt(1 + n)``.
+* C, approximate: no bound here; the metric judges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from graphopt.backend import ShapeRange
+from graphopt.errors import NotEquivalent, ShapeError, UnsupportedModel, UsageError
+from graphopt.evaluate import Arrays, Evaluator
+from graphopt.ir import Model, TensorSpec, dtype_name
+from graphopt.pass_base import Exactness
+
+_DEFAULT_DIM: Final = 2  # a dynamic dimension nobody described; 1 would hide broadcasting mistakes
+_CONDITION: Final = 64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one output of two models lies apart."""
+
+    name: str
+    max_abs: float  # largest absolute difference; inf where dtype, shape, NaN or infinity disagree
+    relative: float  # max_abs over the largest finite magnitude of the reference
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The comparison of two models on all samples."""
+
+    differences: tuple[Difference, ...]  # one an output: the worst sample
+    tolerance: float  # relative
+    samples: int
+    engine: str
+
+    @property
+    def equal(self) -> bool:
+        """Whether every output keeps the tolerance."""
+        return all(d.relative <= self.tolerance for d in self.differences)
+
+    @property
+    def worst(self) -> Difference | None:
+        """The output that differs most."""
+        return max(self.differences, key=lambda d: d.relative, default=None)
+
+    def require(self, what: str) -> None:
+        """Raise NotEquivalent, naming the worst output, unless `equal`."""
+        worst = self.worst
+        if worst is not None and not self.equal:
+            raise NotEquivalent(
+                f"{what}: output {worst.name!r} differs by {worst.max_abs:.3g} ({worst.relative:.3g} relative, "
+                f"{self.tolerance:.3g} allowed){f': {worst.note}' if worst.note else ''}"
+            )
+
+
+def tolerance(exactness: Exactness, rewrites: int, dtypes: Sequence[str]) -> float:
+    """The relative bound that the module docstring argues; `dtypes` are those of the floating-point outputs."""
+    if exactness is Exactness.EXACT:
+        return 0.0
+    if exactness is Exactness.APPROXIMATE:
+        return math.inf
+    eps = max((float(_finfo(np.dtype(d)).eps) for d in dtypes if _is_float(d)), default=0.0)
+    return max(_CONDITION * eps, _CONDITION * float(np.finfo(np.float32).eps)) * math.sqrt(1 + rewrites)
+
+
+def _is_float(name: str) -> bool:
+    return name.startswith(("float", "bfloat"))
+
+
+def _finfo(dtype: np.dtype[Any]) -> Any:
+    return np.finfo(dtype) if dtype.kind == "f" else ml_dtypes.finfo(dtype)
+
+
+def generate_inputs(
+    inputs: Sequence[TensorSpec], *, seed: int = 0, dims: Mapping[str, int] | None = None, high: int = 4
+) -> Arrays:
+    """Random arrays that fit `inputs`.
+
+    Args:
+        inputs: what to feed; equal symbols get equal dimensions.
+        seed: of NumPy's PCG64; equal seeds give equal arrays.
+        dims: values of symbolic dimensions; others, and unknown ones, are 2.
+        high: integers are drawn from 0 to high - 1, small enough to be indices and token numbers.
+
+    Raises:
+        UnsupportedModel: an input that is no dense tensor.
+    """
+    rng = np.random.default_rng(seed)
+    feeds: Arrays = {}
+    for spec in inputs:
+        if spec.dtype is None:
+            raise UnsupportedModel(f"input {spec.name!r} is no dense tensor; give its value yourself")
+        shape = tuple(_dim(d, dims) for d in (spec.shape if spec.shape is not None else (None,)))
+        feeds[spec.name] = _draw(rng, spec.dtype, shape, high)
+    return feeds
+
+
+def _dim(dim: int | str | None, dims: Mapping[str, int] | None) -> int:
+    if isinstance(dim, int):
+        return dim
+    return (dims or {}).get(dim, _DEFAULT_DIM) if dim is not None else _DEFAULT_DIM
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int) -> np.ndarray[Any, Any]:
+    if name == "string":
+        return rng.choice(np.array(["a", "bc", ""], object), shape)
+    if name == "bool":
+        return rng.integers(0, 2, shape).astype(bool)
+    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    if _is_float(name):
+        return rng.standard_normal(shape).astype(dtype)
+    if name.startswith("complex"):
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
+    return rng.integers(0, high, shape).astype(dtype)
+
+
+def input_samples(model: Model, *, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None, count: int = 2) -> Iterator[Arrays]:
+    """`count` feeds for `model`; dynamic dimensions differ between them (2, 3, ..., or the min, opt, max of `shapes`)."""
+    symbols = sorted({d for s in model.inputs for d in s.shape or () if isinstance(d, str)})
+    for number in range(count):
+        specs = list(model.inputs)
+        dims = {symbol: _DEFAULT_DIM + number for symbol in symbols}
+        for index, spec in enumerate(specs):
+            ranged = (shapes or {}).get(spec.name)
+            if ranged is not None:
+                shape = (ranged.opt, ranged.min, ranged.max)[number % 3]
+                specs[index] = TensorSpec(spec.name, spec.dtype, shape)
+        yield generate_inputs(specs, seed=seed + number, dims=dims)
+
+
+def check_feeds(inputs: Sequence[TensorSpec], feeds: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Compare arrays with what a model wants.
+
+    Raises:
+        UsageError: missing or unknown names, or another dtype.
+        ShapeError: another rank or another value for a fixed dimension.
+    """
+    names = [spec.name for spec in inputs]
+    missing = [n for n in names if n not in feeds]
+    unknown = [n for n in feeds if n not in names]
+    if missing or unknown:
+        told = [f"missing {missing}"] * bool(missing) + [f"unknown {unknown}"] * bool(unknown)
+        raise UsageError(f"inputs do not match the model: {', '.join(told)}; it takes {', '.join(map(str, inputs))}")
+    symbols: dict[str, tuple[int, str]] = {}
+    for spec in inputs:
+        array = feeds[spec.name]
+        if spec.dtype is not None and spec.dtype != dtype_name(array.dtype) and not (spec.dtype == "string" and array.dtype.kind in "UO"):
+            raise UsageError(f"input {spec.name!r} is {dtype_name(array.dtype)}, the model takes {spec}; convert it with .astype")
+        if spec.shape is None:
+            continue
+        if array.ndim != len(spec.shape):
+            raise ShapeError(f"input {spec.name!r} has shape {list(array.shape)}, the model takes {spec}")
+        for axis, dim in enumerate(spec.shape):
+            if isinstance(dim, int) and array.shape[axis] != dim:
+                raise ShapeError(f"input {spec.name!r} has shape {list(array.shape)}, but the model takes {spec}")
+            if isinstance(dim, str) and symbols.setdefault(dim, (array.shape[axis], spec.name))[0] != array.shape[axis]:
+                size, other = symbols[dim]
+                raise ShapeError(f"{dim!r} is {size} in input {other!r} and {array.shape[axis]} in {spec.name!r}; they must agree")
+
+
+def difference(name: str, reference: Any, value: Any) -> Difference:
+    """Compare one output; NaN equals NaN, and infinities must agree in sign."""
+    if not isinstance(reference, np.ndarray | np.generic) or not isinstance(value, np.ndarray | np.generic):
+        return _sequence_difference(name, reference, value)
+    a, b = np.asarray(reference), np.asarray(value)
+    if a.dtype != b.dtype:
+        return Difference(name, math.inf, math.inf, f"dtype {a.dtype} became {b.dtype}")
+    if a.shape != b.shape:
+        return Difference(name, math.inf, math.inf, f"shape {list(a.shape)} became {list(b.shape)}")
+    if a.size == 0:
+        return Difference(name, 0.0, 0.0)
+    if a.dtype == object or a.dtype.kind in "USb":
+        wrong = int(np.sum(a != b))
+        return Difference(name, *(0.0, 0.0) if not wrong else (math.inf, math.inf), note=f"{wrong} elements differ" if wrong else "")
+    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+    if a.dtype.kind in "iu" and a.dtype.itemsize == 8:
+        wide = np.longdouble  # keeps all 64 bits
+    x, y = a.astype(wide), b.astype(wide)
+    finite = np.isfinite(x)
+    same = (finite == np.isfinite(y)) & (finite | (x == y) | (np.isnan(x) & np.isnan(y)))
+    if not same.all():
+        return Difference(name, math.inf, math.inf, f"{int(np.sum(~same))} elements differ in NaN or infinity")
+    if not finite.any():
+        return Difference(name, 0.0, 0.0)
+    gap = float(np.max(np.abs(x[finite] - y[finite])))
+    scale = float(np.max(np.abs(x[finite])))
+    return Difference(name, gap, gap / scale if scale else (math.inf if gap else 0.0))
+
+
+def _sequence_difference(name: str, reference: Any, value: Any) -> Difference:
+    if reference is None or value is None or not isinstance(reference, list) or not isinstance(value, list):
+        same = reference is None and value is None
+        return Difference(name, *(0.0, 0.0) if same else (math.inf, math.inf), note="" if same else "kinds differ")
+    if len(reference) != len(value):
+        return Difference(name, math.inf, math.inf, f"{len(reference)} elements became {len(value)}")
+    return max((difference(name, a, b) for a, b in zip(reference, value, strict=True)), key=lambda d: d.relative, default=Difference(name, 0.0, 0.0))
+
+
+def compare(
+    reference: Model,
+    candidate: Model,
+    *,
+    feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
+    allowed: float = 0.0,
+    seed: int = 0,
+    shapes: Mapping[str, ShapeRange] | None = None,
+) -> Report:
+    """Run both models on the same inputs.
+
+    Args:
+        reference: the original; its outputs set the scale.
+        candidate: the rewritten model; needs the same input and output names.
+        feeds: samples; None generates two, with different dynamic dimensions.
+        allowed: relative tolerance.
+        seed: of the generated inputs.
+        shapes: shapes of the generated inputs.
+
+    Raises:
+        NotEquivalent: inputs or outputs have other names.
+        UnsupportedModel: the reference cannot be run on any sample.
+    """
+    for kind, a, b in (("inputs", reference.inputs, candidate.inputs), ("outputs", reference.outputs, candidate.outputs)):
+        if {s.name for s in a} != {s.name for s in b}:
+            raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
+    first = Evaluator(reference)
+    second = Evaluator(candidate)
+    worst: dict[str, Difference] = {}
+    count = 0
+    refusal: UnsupportedModel | None = None
+    for sample in feeds if feeds is not None else input_samples(reference, seed=seed, shapes=shapes):
+        try:
+            expected = first.run(sample)
+        except UnsupportedModel as error:
+            if feeds is not None:
+                raise
+            refusal = error  # a generated input that the original itself refuses proves nothing
+            continue
+        count += 1
+        found = second.run(sample)
+        for name, value in expected.items():
+            gap = difference(name, value, found[name])
+            if name not in worst or gap.relative > worst[name].relative:
+                worst[name] = gap
+    if not count:
+        raise UnsupportedModel(f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape")
+    return Report(tuple(worst.values()), allowed, count, first.engine)

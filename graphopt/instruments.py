@@ -1,0 +1,238 @@
+"""What can be called around each pass: timing, statistics, proof, and ways to look.
+
+Instruments stack in any order; the driver knows none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graphopt import equivalence, verify
+from graphopt.backend import ShapeRange
+from graphopt.errors import NotEquivalent, PassError, UnsupportedModel, VerifyError
+from graphopt.ir import Model, save
+from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pipeline import Pipeline, step_text
+
+
+class _Silent:
+    """An instrument that does nothing; the base of the others."""
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Nothing."""
+
+    def before_pass(self, step: Pass, model: Model, ctx: Context) -> None:
+        """Nothing."""
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Nothing."""
+
+    def pass_failed(self, step: Pass, model: Model, ctx: Context, error: Exception) -> None:
+        """Nothing."""
+
+    def after_pipeline(self, model: Model, ctx: Context) -> None:
+        """Nothing."""
+
+
+class Verify(_Silent):
+    """Check structure and interface after each pass that changed something."""
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Remember the contract with callers."""
+        self._inputs, self._outputs = model.inputs, model.outputs
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Raise VerifyError when the graph is broken or its interface changed."""
+        if not rewrites:
+            return
+        faults = verify.structure(model)
+        for kind, old, new in (("inputs", self._inputs, model.inputs), ("outputs", self._outputs, model.outputs)):
+            if old != new:
+                faults.append(f"{kind} changed from {', '.join(map(str, old))} to {', '.join(map(str, new))}")
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            raise VerifyError(f"{step.pass_name()} left an invalid model: {faults[0]}{more}")
+
+
+class FullCheck(_Silent):
+    """Run onnx.checker with full_check after each pass that changed something."""
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Raise VerifyError with the checker's words."""
+        if rewrites:
+            try:
+                verify.full(model)
+            except Exception as error:
+                raise VerifyError(f"{step.pass_name()} left an invalid model: {error}") from None
+
+
+class Compare(_Silent):
+    """Compare the numbers with the original after each pass, on the same inputs, within the tolerance of what ran so far."""
+
+    def __init__(
+        self,
+        feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, ShapeRange] | None = None,
+    ) -> None:
+        self.feeds = feeds
+        self.seed = seed
+        self.shapes = shapes
+        self.reports: list[tuple[str, equivalence.Report]] = []
+        self.unproven: str | None = None  # why nothing could be compared
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Keep the original; its constants are shared, so it costs no weights."""
+        self._original = model.clone()
+        self._rewrites = 0
+        self._exactness = Exactness.EXACT
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Raise PassError when the numbers moved further than the class of the passes allows."""
+        if not rewrites or self.unproven:
+            return
+        if step.exactness.value > self._exactness.value:
+            self._exactness = step.exactness
+        self._rewrites += rewrites if step.exactness is not Exactness.EXACT else 0
+        dtypes = [s.dtype for s in self._original.outputs if s.dtype]
+        allowed = equivalence.tolerance(self._exactness, self._rewrites, dtypes)
+        try:
+            report = equivalence.compare(
+                self._original, model, feeds=self.feeds, allowed=allowed, seed=self.seed, shapes=self.shapes
+            )
+        except UnsupportedModel as error:
+            self.unproven = str(error)
+            ctx.remark(None, f"not compared: {error}")
+            return
+        self.reports.append((step.pass_name(), report))
+        try:
+            report.require(f"{step.pass_name()} changed the numbers")
+        except NotEquivalent as error:
+            raise PassError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """What one run of a pass cost."""
+
+    pass_name: str
+    wall_seconds: float
+    cpu_seconds: float
+
+
+class Timing(_Silent):
+    """Wall and CPU seconds of each pass."""
+
+    def __init__(self) -> None:
+        self.times: list[PassTime] = []
+
+    def before_pass(self, step: Pass, model: Model, ctx: Context) -> None:
+        """Start the clocks."""
+        self._start = time.perf_counter(), time.process_time()
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Read the clocks."""
+        wall, cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+        self.times.append(PassTime(step.pass_name(), wall, cpu))
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a model holds at one moment."""
+
+    pass_name: str  # "" before the first pass
+    nodes: int
+    initializer_bytes: int
+    operators: Mapping[str, int]
+
+
+class Statistics(_Silent):
+    """Nodes, bytes and operators before the first and after each pass."""
+
+    def __init__(self) -> None:
+        self.history: list[Census] = []
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Count what comes in."""
+        self.history.append(census("", model))
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Count what is left."""
+        self.history.append(census(step.pass_name(), model))
+
+
+def census(name: str, model: Model) -> Census:
+    """Count the nodes and bytes of `model`; Constant nodes count as nodes and their data as bytes."""
+    operators = Counter(n.op for n in model.nodes())
+    inline = sum(v.nbytes for n in model.nodes() if n.op == "Constant" for v in n.attrs.values() if hasattr(v, "nbytes"))
+    return Census(name, sum(operators.values()), model.nbytes + inline, dict(sorted(operators.items())))
+
+
+class PrintAfterChange(_Silent):
+    """Hand the ONNX text, as a diff against the text before, to `emit` after each pass that changed it."""
+
+    def __init__(self, emit: Callable[[str], None]) -> None:
+        self.emit = emit
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Remember the text."""
+        self._text = model.text()
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Emit what changed."""
+        if rewrites:
+            text = model.text()
+            old, self._text = self._text, text
+            lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "before", f"after {step.pass_name()}", lineterm="", n=1)
+            self.emit("\n".join(lines))
+
+
+class Dump(_Silent):
+    """Write the model before the first and after each pass into `folder`, numbered."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._number = 0
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Write the input."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save(model, self.folder / "000-input.onnx")
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """Write what the pass left."""
+        self._number += 1
+        save(model, self.folder / f"{self._number:03}-{step.pass_name()}.onnx")
+
+
+class Reproducer(_Silent):
+    """When a pass fails, write one file that holds the model right before it and the command that fails again."""
+
+    KEY = "graphopt.reproduce"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def before_pass(self, step: Pass, model: Model, ctx: Context) -> None:
+        """Keep the model as it is now; constants are shared."""
+        self._before = model.clone()
+
+    def pass_failed(self, step: Pass, model: Model, ctx: Context, error: Exception) -> None:
+        """Write the file."""
+        pipeline = step_text(step)
+        command = f"graphopt opt {shlex.quote(str(self.path))} -o out.onnx -p {shlex.quote(pipeline)}"
+        entry = self._before.carried.metadata_props.add()
+        entry.key = self.KEY
+        entry.value = json.dumps({"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"})
+        save(self._before, self.path)
+        error.add_note(f"reproduce with: {command}")

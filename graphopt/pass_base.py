@@ -1,0 +1,124 @@
+"""What a pass is: one file, one frozen dataclass, options as fields, `run` returning the number of rewrites."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.ir import Model
+from graphopt.target import Target
+
+
+class Exactness(enum.Enum):
+    """How far a pass may move the numbers; the comparison's tolerance follows from it."""
+
+    EXACT = "A"  # bitwise
+    REASSOCIATING = "B"  # floating-point re-association: a few roundings each rewrite
+    APPROXIMATE = "C"  # quantization, pruning: judged by the metric; never in a -O level
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Why a pass left something alone, or what else a user should know."""
+
+    pass_name: str
+    node: str  # node or tensor it speaks of
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}: {self.node}: {self.text}" if self.node else f"{self.pass_name}: {self.text}"
+
+
+Evaluate = Callable[[Model, gs.Node, list[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
+
+
+def _no_evaluator(model: Model, node: gs.Node, inputs: list[Any]) -> list[Any]:
+    raise NotImplementedError("this context has no evaluator")
+
+
+@dataclass
+class Context:
+    """What a pass may know beyond model and options; the driver makes one for each run of a pipeline."""
+
+    target: Target | None = None  # None: portable, no target in mind
+    seed: int = 0
+    evaluate: Evaluate = _no_evaluator  # one node on arrays; raises where it cannot
+    limit: int | None = None  # single rewrites still admitted (bisection); None: all
+    remarks: list[Remark] = field(default_factory=list)
+    admitted: int = 0
+    spent: dict[str, int] = field(default_factory=dict)  # what passes used of a budget that holds for the whole pipeline
+    running: str = ""  # name of the pass that runs
+
+    def remark(self, node: gs.Node | gs.Tensor | None, text: str) -> None:
+        """Tell the user why `node` was left alone."""
+        where = "" if node is None else f"{node.name!r} ({node.op})" if isinstance(node, gs.Node) else repr(node.name)
+        self.remarks.append(Remark(self.running, where, text))
+
+    def admit(self) -> bool:
+        """Ask before each single rewrite; False when bisection has used up its number."""
+        if self.limit is not None and self.admitted >= self.limit:
+            return False
+        self.admitted += 1
+        return True
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes.
+
+    A pass is pure in (model, options, context), leaves the model valid, keeps its inputs and outputs, fails safe (unknown op,
+    dynamic dimension, subgraph: leave alone and remark), and returns the number of rewrites; the driver sorts, removes what
+    died, and verifies. The class docstring says the theorem in its first line and shows it as ``Before:`` and ``After:``
+    blocks of ONNX text, which are documentation and test at once.
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Rewrite `model` in place; returns the number of rewrites."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement run")
+
+    @classmethod
+    def pass_name(cls) -> str:
+        """The file name with dashes."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of the docstring."""
+        return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+
+    @classmethod
+    def example(cls) -> tuple[str, str] | None:
+        """The texts of the Before and After blocks, or None where one is missing."""
+        doc = inspect.cleandoc(cls.__doc__ or "")
+        blocks: dict[str, list[str]] = {}
+        current: list[str] | None = None
+        for line in doc.splitlines():
+            if line.rstrip() in ("Before:", "After:"):
+                current = blocks.setdefault(line.rstrip()[:-1], [])
+            elif current is not None and line.strip() and not line.startswith(" "):
+                current = None
+            elif current is not None:
+                current.append(line)
+        if set(blocks) != {"Before", "After"}:
+            return None
+        before, after = (textwrap.dedent("\n".join(blocks[key])).strip() for key in ("Before", "After"))
+        return before, after
+
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        found = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            if value != default:
+                found[item.name] = value
+        return found

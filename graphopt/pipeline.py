@@ -1,0 +1,438 @@
+"""Pipelines: passes in sequence, as a value with a text form.
+
+    fold-constants,fuse-conv-bn,fixpoint(eliminate-identity,eliminate-common-subexpression)
+    fold-constants{budget=none}                       options in braces; strings with commas or blanks in quotes
+    default,quantize-qdq{exclude=['/head/*','a']}     a preset's name stands for its passes
+
+``parse(str(p)) == p``. The driver knows no instrument: whoever wants to see, time or prove something is called around each pass.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
+
+from graphopt.discovery import find_pass, nearest, pass_modules
+from graphopt.edit import cleanup, name_nodes
+from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, UnknownPass
+from graphopt.ir import Model, fresh_names
+from graphopt.pass_base import Context, Exactness, Pass, Remark
+from graphopt.signature import Signature
+
+PRESETS: Final[dict[str, str]] = {
+    "O0": "",
+    "O1": "fold-constants,eliminate-identity,eliminate-dead",
+    "O2": "fixpoint(fold-constants,eliminate-identity,eliminate-common-subexpression),fuse-conv-bn,eliminate-dead,infer-shapes",
+    "O3": "O2",
+    "default": "O3",
+}
+_FIXPOINT_CAP: Final = 20  # rounds; a pipeline that still changes something then is reported, not trusted
+
+T = TypeVar("T")
+
+
+class Instrument(Protocol):
+    """What is called around each pass; derive and override what is needed."""
+
+    def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Before the first pass."""
+
+    def before_pass(self, step: Pass, model: Model, ctx: Context) -> None:
+        """Right before a pass runs."""
+
+    def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
+        """After a pass and the driver's clean-up."""
+
+    def pass_failed(self, step: Pass, model: Model, ctx: Context, error: Exception) -> None:
+        """A pass, or an instrument after it, raised; `model` may be broken."""
+
+    def after_pipeline(self, model: Model, ctx: Context) -> None:
+        """After the last pass."""
+
+
+@dataclass(frozen=True)
+class Fixpoint:
+    """Steps repeated until a round changes nothing."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return f"fixpoint({','.join(map(step_text, self.steps))})"
+
+
+Step = Pass | Fixpoint
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one pass did, in the order of the run."""
+
+    pass_name: str
+    rewrites: int
+    round: int  # 0 outside a fixpoint, else from 1
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pipeline's outcome."""
+
+    model: Model
+    steps: tuple[StepReport, ...]
+    remarks: tuple[Remark, ...]
+    stops: tuple[str, ...] = ()  # why each fixpoint stopped
+
+    @property
+    def rewrites(self) -> int:
+        """All rewrites of all passes."""
+        return sum(step.rewrites for step in self.steps)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An immutable sequence of passes."""
+
+    steps: tuple[Step, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """Read the text form.
+
+        Raises:
+            PipelineSyntaxError: with a caret under the column.
+            UnknownPass: with the nearest name.
+        """
+        return cls(_Parser(text).pipeline())
+
+    def __str__(self) -> str:
+        return ",".join(map(step_text, self.steps))
+
+    def __add__(self, other: Pipeline) -> Pipeline:
+        return Pipeline(self.steps + other.steps)
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All passes, fixpoints flattened, in text order."""
+        return tuple(_flatten(self.steps))
+
+    @property
+    def exactness(self) -> Exactness:
+        """The loosest class among the passes."""
+        return max((p.exactness for p in self.passes), key=lambda e: e.value, default=Exactness.EXACT)
+
+    def run(self, model: Model, ctx: Context | None = None, instruments: Sequence[Instrument] | None = None) -> Result:
+        """Run on a copy of `model`, which stays as it is; constant values are shared, so this costs no weights.
+
+        Args:
+            model: the input.
+            ctx: target, seed, evaluator; default: portable, ONNX Runtime as evaluator.
+            instruments: called around each pass; default: the structural verifier.
+
+        Raises:
+            PassError: a pass raised, or its count contradicts what it did.
+            VerifyError: the verifier found the graph broken.
+        """
+        if ctx is None:
+            from graphopt.evaluate import evaluate_node
+
+            ctx = Context(evaluate=evaluate_node)
+        if instruments is None:
+            from graphopt.instruments import Verify
+
+            instruments = (Verify(),)
+        return _Run(model.clone(), ctx, instruments).pipeline(self)
+
+
+def _flatten(steps: Iterable[Step]) -> Iterable[Pass]:
+    for step in steps:
+        if isinstance(step, Fixpoint):
+            yield from _flatten(step.steps)
+        else:
+            yield step
+
+
+class _Run:
+    def __init__(self, model: Model, ctx: Context, instruments: Sequence[Instrument]) -> None:
+        self.model = model
+        self.ctx = ctx
+        self.instruments = instruments
+        self.reports: list[StepReport] = []
+        self.stops: list[str] = []
+
+    def pipeline(self, pipeline: Pipeline) -> Result:
+        if pipeline.steps:
+            self.model.modernize()
+            fresh = fresh_names(self.model)
+            for graph in self.model.graphs():
+                name_nodes(graph.nodes, fresh)
+        for instrument in self.instruments:
+            instrument.before_pipeline(self.model, pipeline, self.ctx)
+        for step in pipeline.steps:
+            self.step(step, 0)
+        for instrument in self.instruments:
+            instrument.after_pipeline(self.model, self.ctx)
+        remarks = tuple(dict.fromkeys(self.ctx.remarks))
+        return Result(self.model, tuple(self.reports), remarks, tuple(self.stops))
+
+    def step(self, step: Step, round_number: int) -> int:
+        if isinstance(step, Pass):
+            return self.one_pass(step, round_number)
+        total = 0
+        for number in range(1, _FIXPOINT_CAP + 1):
+            changed = sum(self.step(inner, number) for inner in step.steps)
+            total += changed
+            if not changed:
+                self.stops.append(f"{step}: nothing left to do after {number} rounds")
+                return total
+        self.stops.append(f"{step}: stopped at the cap of {_FIXPOINT_CAP} rounds, still changing")
+        return total
+
+    def one_pass(self, step: Pass, round_number: int) -> int:
+        name = step.pass_name()
+        self.ctx.running = name
+        before = Signature(self.model)
+        try:
+            for instrument in self.instruments:
+                instrument.before_pass(step, self.model, self.ctx)
+            rewrites = step.run(self.model, self.ctx)
+            changed = before != Signature(self.model)
+            if changed != (rewrites > 0):
+                did = "changed the graph" if changed else "left the graph as it was"
+                raise PassError(f"{name} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done")
+            if rewrites:
+                cleanup(self.model)
+            for instrument in self.instruments:
+                instrument.after_pass(step, self.model, self.ctx, rewrites)
+        except Exception as error:
+            for instrument in self.instruments:
+                instrument.pass_failed(step, self.model, self.ctx, error)
+            if isinstance(error, GraphoptError):
+                raise
+            after = ",".join(r.pass_name for r in self.reports) or "none"
+            raise PassError(f"{name} failed ({type(error).__name__}: {error}); passes before it: {after}") from error
+        self.reports.append(StepReport(name, rewrites, round_number))
+        return rewrites
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+_WORD = re.compile(r"[A-Za-z_][\w-]*")
+_BARE = re.compile(r"[^\s,{}()\[\]'\"=]+")
+
+
+def step_text(step: Step) -> str:
+    if isinstance(step, Fixpoint):
+        return str(step)
+    options = ",".join(f"{name.replace('_', '-')}={_value_text(value)}" for name, value in step.options().items())
+    return f"{step.pass_name()}{{{options}}}" if options else step.pass_name()
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_value_text, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, str):
+        plain = _BARE.fullmatch(value) and value.lower() not in ("none", "true", "false") and not _number(value)
+        return value if plain else repr(value)
+    return repr(value) if not isinstance(value, Path) else repr(str(value))
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+class _Parser:
+    """Recursive descent over the text form; every error knows its column."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def fail(self, message: str, at: int | None = None, error: type[PipelineSyntaxError | UnknownPass] | None = None) -> NoReturn:
+        column = self.at if at is None else at
+        raise (error or PipelineSyntaxError)(f"{message}\n  {self.text}\n  {' ' * column}^")
+
+    def blank(self) -> None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+
+    def peek(self, char: str) -> bool:
+        self.blank()
+        return self.text.startswith(char, self.at)
+
+    def take(self, char: str) -> bool:
+        if self.peek(char):
+            self.at += len(char)
+            return True
+        return False
+
+    def pipeline(self) -> tuple[Step, ...]:
+        self.blank()
+        if self.at == len(self.text):
+            return ()
+        steps = self.steps()
+        self.blank()
+        if self.at < len(self.text):
+            self.fail(f"expected ',' or the end, found {self.text[self.at]!r}")
+        return steps
+
+    def steps(self) -> tuple[Step, ...]:
+        found = list(self.step())
+        while self.take(","):
+            found.extend(self.step())
+        return tuple(found)
+
+    def step(self) -> tuple[Step, ...]:
+        self.blank()
+        start = self.at
+        match = _WORD.match(self.text, self.at)
+        if match is None:
+            self.fail("expected the name of a pass")
+        name = match.group()
+        self.at = match.end()
+        if name == "fixpoint":
+            if not self.take("("):
+                self.fail("expected '(' after fixpoint")
+            steps = self.steps()
+            if not self.take(")"):
+                self.fail("expected ')' or ','")
+            return (Fixpoint(steps),)
+        if name in PRESETS:
+            return _Parser(PRESETS[name]).pipeline()
+        if name not in pass_modules():
+            known = [*pass_modules(), *PRESETS, "fixpoint"]
+            self.fail(f"unknown pass {name!r}{nearest(name, known)}; `graphopt passes` lists them", start, UnknownPass)
+        return (self.options(name, find_pass(name)),)
+
+    def options(self, name: str, kind: type[Pass]) -> Pass:
+        values: dict[str, Any] = {}
+        types_of = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        begin = self.at
+        if self.take("{"):
+            while not self.take("}"):
+                self.blank()
+                start = self.at
+                match = _WORD.match(self.text, self.at)
+                if match is None:
+                    self.fail("expected the name of an option or '}'")
+                key = match.group().replace("-", "_")
+                self.at = match.end()
+                if key not in known:
+                    listed = ", ".join(sorted(k.replace("_", "-") for k in known)) or "none"
+                    self.fail(f"{name} has no option {match.group()!r}{nearest(key, known)}; its options: {listed}", start)
+                if not self.take("="):
+                    self.fail(f"expected '=' after option {match.group()!r}")
+                self.blank()
+                start = self.at
+                raw = self.value()
+                try:
+                    values[key] = convert(raw, types_of[key])
+                except ValueError as error:
+                    self.fail(f"{name}: option {match.group()!r}: {error}", start)
+                if not self.take(",") and not self.peek("}"):
+                    self.fail("expected ',' or '}'")
+        try:
+            return kind(**values)
+        except (ValueError, TypeError) as error:
+            self.fail(f"{name}: {error}", begin)
+
+    def value(self) -> Any:
+        if self.take("["):
+            items: list[Any] = []
+            while not self.take("]"):
+                items.append(self.value())
+                if not self.take(",") and not self.peek("]"):
+                    self.fail("expected ',' or ']'")
+            return tuple(items)
+        self.blank()
+        if self.at < len(self.text) and self.text[self.at] in "'\"":
+            quote, start = self.text[self.at], self.at
+            end = self.at + 1
+            while end < len(self.text) and self.text[end] != quote:
+                end += 2 if self.text[end] == "\\" else 1
+            if end >= len(self.text):
+                self.fail("string without an end", start)
+            self.at = end + 1
+            return ast.literal_eval(self.text[start : self.at])
+        match = _BARE.match(self.text, self.at)
+        if match is None:
+            self.fail("expected a value")
+        self.at = match.end()
+        return _Bare(match.group())
+
+
+class _Bare(str):
+    """A value without quotes: may be a number, a word or a string."""
+
+    __slots__ = ()
+
+
+def convert(raw: Any, wanted: Any) -> Any:
+    """Turn what was written into the type of a dataclass field: bool, int, float, str, Path, an Enum, a Literal, a tuple of
+    these, or any of these or None.
+
+    Raises:
+        ValueError: it does not fit; the message names the type.
+    """
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in arguments and isinstance(raw, _Bare) and raw.lower() == "none":
+            return None
+        rest = [a for a in arguments if a is not type(None)]
+        for kind in rest[:-1]:
+            try:
+                return convert(raw, kind)
+            except ValueError:
+                continue
+        return convert(raw, rest[-1])
+    if origin is tuple:
+        items = raw if isinstance(raw, tuple) else (raw,)
+        return tuple(convert(item, arguments[0]) for item in items)
+    if origin is Literal:
+        if str(raw) in map(str, arguments):
+            return next(a for a in arguments if str(a) == str(raw))
+        raise ValueError(f"{str(raw)!r} is none of {', '.join(map(str, arguments))}")
+    if isinstance(raw, tuple):
+        raise ValueError("takes one value, not a list")
+    if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
+        return _one_of(raw, wanted)
+    if wanted is bool:
+        return _one_of(raw, {"true": True, "false": False, "1": True, "0": False})
+    if wanted in (int, float):
+        number = _number(raw)
+        if number is None or (wanted is int and not isinstance(number, int)):
+            raise ValueError(f"{str(raw)!r} is no {'integer' if wanted is int else 'number'}")
+        return wanted(number)
+    if wanted is Path:
+        return Path(raw)
+    return str(raw)
+
+
+def _one_of(raw: str, choices: Any) -> Any:
+    table: dict[str, Any] = choices if isinstance(choices, dict) else {str(c.value): c for c in choices}
+    if raw.lower() in table:
+        return table[raw.lower()]
+    if raw in table:
+        return table[raw]
+    raise ValueError(f"{str(raw)!r} is none of {', '.join(table)}")
+
+
+__all__ = ["PRESETS", "Fixpoint", "Instrument", "Pipeline", "Result", "StepReport"]

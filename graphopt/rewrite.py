@@ -1,0 +1,272 @@
+"""Local rewrites: a pattern that looks like the graph, a check that says why not, and the replacement.
+
+    conv = op("Conv", "x", const("w"), maybe(const("b")), name="conv")
+    pattern = op("BatchNormalization", conv, const("scale"), const("bias"), const("mean"), const("var"), name="bn")
+
+The driver holds the laws that every fusion forgets, so no rule can break them:
+
+1. an interior value has one reader, a use inside a body counted;
+2. an interior value is no output of any graph;
+3. an operand that the pattern calls constant is an initializer that no caller can override;
+4. all matched nodes lie in one graph;
+5. where the pattern says `unshared`, nothing outside the match uses that constant.
+
+A rule that does not fire has a reason; the driver turns it into a remark.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Pass
+
+_VISITS_PER_NODE: Final = 16  # a rule that revisits a node more often than this does not terminate
+
+
+@dataclass(frozen=True)
+class Const:
+    """An operand that must be constant."""
+
+    name: str
+    unshared: bool = False  # whether only the match may use it
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Value:
+    """Any operand."""
+
+    name: str
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """A node of one of `ops` with these operands; commutative ones are tried in both orders."""
+
+    ops: tuple[str, ...]
+    operands: tuple[Operand, ...]
+    name: str
+    commutative: bool = False
+
+
+Operand = Const | Value | Op
+
+
+def const(name: str, *, unshared: bool = False) -> Const:
+    """An operand that must be constant, bound to `name`."""
+    return Const(name, unshared)
+
+
+def maybe(operand: Const | Value | str) -> Operand:
+    """An operand that may be absent."""
+    if isinstance(operand, str):
+        return Value(operand, True)
+    if isinstance(operand, Const):
+        return Const(operand.name, operand.unshared, True)
+    return Value(operand.name, True)
+
+
+def op(ops: str | tuple[str, ...], *operands: Operand | str, name: str = "", commutative: bool = False) -> Op:
+    """A node of the default domain; a string operand is any value bound to that name."""
+    kinds = (ops,) if isinstance(ops, str) else ops
+    return Op(kinds, tuple(Value(o) if isinstance(o, str) else o for o in operands), name or kinds[0].lower(), commutative)
+
+
+@dataclass
+class Match:
+    """What a pattern matched: nodes and tensors by the names in the pattern."""
+
+    root: Node
+    nodes: dict[str, Node] = field(default_factory=dict)
+    tensors: dict[str, gs.Tensor | None] = field(default_factory=dict)  # None: an optional operand that is absent
+
+    def __getitem__(self, name: str) -> gs.Tensor:
+        """The tensor bound to `name`; raises KeyError when an optional operand is absent."""
+        tensor = self.tensors[name]
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    def has(self, name: str) -> bool:
+        """Whether an optional operand is present."""
+        return self.tensors.get(name) is not None
+
+    def value(self, name: str) -> np.ndarray[Any, Any]:
+        """The array of a constant operand."""
+        return np.asarray(self[name].values)
+
+
+class RewritePass(Pass):
+    """A pass made of one pattern."""
+
+    pattern: ClassVar[Op]
+
+    def check(self, match: Match, model: Model) -> str | None:
+        """None when the match may be rewritten, else the reason why not."""
+        return None
+
+    def rewrite(self, match: Match, edit: Editor) -> gs.Tensor:
+        """Insert what replaces the match; returns the tensor that stands for the root's first output.
+
+        Nodes of the match are erased by the driver when nothing reads them any more.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement rewrite")
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Apply the pattern until nothing changes; a worklist, so that only what changed is looked at again."""
+        edit = Editor(model)
+        work = deque(n for n in model.nodes() if n.op in self.pattern.ops and n.is_onnx)
+        budget = _VISITS_PER_NODE * (len(work) + 1)
+        rewrites = 0
+        while work:
+            node = work.popleft()
+            if edit.is_erased(node):
+                continue
+            budget -= 1
+            if budget < 0:
+                ctx.remark(node, "stopped after too many visits; the rule undoes its own work")
+                break
+            match, reason = find(self.pattern, node, edit)
+            if match is not None:
+                reason = self.check(match, model)
+            if match is None or reason is not None:
+                if reason:
+                    ctx.remark(node, reason)
+                continue
+            if not ctx.admit():
+                break
+            new = self.rewrite(match, edit)
+            edit.replace_uses(node.outputs[0], new)
+            _erase_unread(match, edit)
+            rewrites += 1
+            work.extend(n for n in new.outputs if n.op in self.pattern.ops)
+            producer = edit.producer(new)
+            if producer is not None and producer.op in self.pattern.ops:
+                work.append(producer)
+        edit.commit()
+        return rewrites
+
+
+def _erase_unread(match: Match, edit: Editor) -> None:
+    for node in match.nodes.values():  # root first
+        if not any(t.outputs or edit.is_output(t) for t in node.outputs):
+            edit.erase(node)
+
+
+def find(pattern: Op, node: Node, edit: Editor) -> tuple[Match | None, str | None]:
+    """Match `pattern` with `node` as its root.
+
+    Returns:
+        The match; or None with the reason, where only a law or a constness stood between the node and a match, so that a user
+        may want to know; or None and None where the graph looks different.
+    """
+    for match, reason in _attempts(pattern, node, edit):
+        if reason is None:
+            reason = _laws(pattern, match, edit)
+        return (match, None) if reason is None else (None, reason)
+    return None, None
+
+
+def _attempts(pattern: Op, root: Node, edit: Editor) -> Iterator[tuple[Match, str | None]]:
+    """Structural matches, best first: without an objection, else with the first one met."""
+    objections: list[tuple[Match, str]] = []
+    for swap in (False, True) if _has_commutative(pattern) else (False,):
+        match = Match(root)
+        shape = _bind(pattern, root, match, edit, swap)
+        if shape is None:
+            yield match, None
+        elif shape:
+            objections.append((match, shape))
+    yield from objections
+
+
+def _has_commutative(pattern: Op) -> bool:
+    return pattern.commutative or any(isinstance(o, Op) and _has_commutative(o) for o in pattern.operands)
+
+
+def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swap: bool) -> str | None:
+    """Bind `pattern` to `node`: None is success, "" a different graph, another text an objection worth telling."""
+    if node.op not in pattern.ops or not node.is_onnx:
+        return ""
+    match.nodes[pattern.name] = node
+    operands = list(node.inputs)
+    if swap and pattern.commutative and len(operands) == 2:
+        operands.reverse()
+    while operands and not operands[-1].name:
+        operands.pop()
+    if len(operands) > len(pattern.operands):
+        return ""
+    objection: str | None = None
+    for index, wanted in enumerate(pattern.operands):
+        tensor = operands[index] if index < len(operands) and operands[index].name else None
+        if isinstance(wanted, Op):
+            producer = None if tensor is None else edit.producer(tensor)
+            if producer is None:
+                return ""
+            inner = _bind(wanted, producer, match, edit, swap)
+            if inner == "":
+                return ""
+            objection = objection or inner
+            continue
+        if tensor is None:
+            if not wanted.optional:
+                return ""
+            match.tensors[wanted.name] = None
+            continue
+        bound = match.tensors.setdefault(wanted.name, tensor)
+        if bound is not tensor:
+            return ""
+        if isinstance(wanted, Const) and not edit.is_fixed(tensor):
+            what = "a graph input" if edit.is_input(tensor) else f"the result of {_label(edit.producer(tensor))}"
+            if isinstance(tensor, gs.Constant):
+                what = "an initializer that callers may override (it is a graph input)"
+            objection = objection or (
+                f"{_label(node)} needs a constant {wanted.name}, but {tensor.name!r} is {what}; run fold-constants first"
+            )
+    return objection
+
+
+def _label(node: gs.Node | None) -> str:
+    return "nothing" if node is None else f"{node.name!r} ({node.op})"
+
+
+def _laws(pattern: Op, match: Match, edit: Editor) -> str | None:
+    root = match.root
+    if any(t.outputs or edit.is_output(t) for t in root.outputs[1:]):
+        return f"more than the first output of {_label(root)} is used"
+    inside = {id(n) for n in match.nodes.values()}
+    for node in match.nodes.values():
+        if node is root:
+            continue
+        for tensor in node.outputs:
+            if edit.is_output(tensor):
+                return f"{tensor.name!r} between {_label(node)} and {_label(root)} is a graph output"
+            others = [n for n in tensor.outputs if id(n) not in inside]
+            if others:
+                return f"{tensor.name!r} is also read by {_label(others[0])}"
+        if edit.graph_of(node) is not edit.graph_of(root):
+            return f"{_label(node)} lies in another graph than {_label(root)}"
+    for wanted in _constants(pattern):
+        tensor = match.tensors.get(wanted.name)
+        if wanted.unshared and tensor is not None:
+            others = [n for n in tensor.outputs if id(n) not in inside]
+            if others:
+                return f"{wanted.name} {tensor.name!r} is shared with {_label(others[0])}"
+    return None
+
+
+def _constants(pattern: Op) -> Iterator[Const]:
+    for operand in pattern.operands:
+        if isinstance(operand, Op):
+            yield from _constants(operand)
+        elif isinstance(operand, Const):
+            yield operand

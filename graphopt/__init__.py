@@ -9,14 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.build import build
-    from graphopt.bundle import Bundle, open  # noqa: A004  # graphopt.open is the contract
-    from graphopt.equivalence import compare
-    from graphopt.errors import GraphoptError, UserError
-    from graphopt.ir import Model, load, parse, save
-    from graphopt.pass_base import Context, Pass
-    from graphopt.pipeline import Pipeline
-    from graphopt.target import Target
+    from graphopt.build import build as build
+    from graphopt.bundle import Bundle as Bundle
+    from graphopt.bundle import open as open
+    from graphopt.equivalence import compare as compare
+    from graphopt.errors import GraphoptError as GraphoptError
+    from graphopt.errors import UserError as UserError
+    from graphopt.ir import Model as Model
+    from graphopt.ir import load as load
+    from graphopt.ir import parse as parse
+    from graphopt.ir import save as save
+    from graphopt.pass_base import Context as Context
+    from graphopt.pass_base import Pass as Pass
+    from graphopt.pipeline import Pipeline as Pipeline
+    from graphopt.target import Target as Target
 
 _HOME = {
     "build": "build",

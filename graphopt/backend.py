@@ -39,7 +39,9 @@ class ShapeRange:
         name, separator, shapes = text.rpartition("=")
         parts = shapes.split(":")
         if not separator or not name or len(parts) not in (1, 3):
-            raise ShapeError(f"shape {text!r}: expected NAME=SHAPE or NAME=MIN:OPT:MAX, as in x=1x3x8x8:8x3x8x8:32x3x8x8")
+            raise ShapeError(
+                f"shape {text!r}: expected NAME=SHAPE or NAME=MIN:OPT:MAX, as in x=1x3x8x8:8x3x8x8:32x3x8x8"
+            )
         try:
             dims = [tuple(int(d) for d in part.split("x")) if part else () for part in parts]
         except ValueError:
@@ -167,7 +169,9 @@ def check_shapes(model: Model, shapes: Mapping[str, ShapeRange]) -> None:
     specs = {spec.name: spec for spec in model.inputs}
     for name, wanted in shapes.items():
         if name not in specs:
-            raise ShapeError(f"shape for {name!r}: the model has no such input; its inputs are {', '.join(specs) or 'none'}")
+            raise ShapeError(
+                f"shape for {name!r}: the model has no such input; its inputs are {', '.join(specs) or 'none'}"
+            )
         declared = specs[name].shape
         if declared is None:
             continue

@@ -22,7 +22,9 @@ T = TypeVar("T")
 def _modules(package: str) -> dict[str, str]:
     """Name with dashes -> module path, of the files in a package, without importing them."""
     home = importlib.import_module(package)
-    return {i.name.replace("_", "-"): f"{package}.{i.name}" for i in pkgutil.iter_modules(home.__path__) if i.name[0] != "_"}
+    return {
+        i.name.replace("_", "-"): f"{package}.{i.name}" for i in pkgutil.iter_modules(home.__path__) if i.name[0] != "_"
+    }
 
 
 def _entry_points(group: str) -> dict[str, str]:
@@ -34,7 +36,10 @@ def _only_class(module: ModuleType, base: type[T]) -> type[T]:
     found = [
         c
         for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, base) and c.__module__ == module.__name__ and not c.__name__.startswith("_")
+        if isinstance(c, type)
+        and issubclass(c, base)
+        and c.__module__ == module.__name__
+        and not c.__name__.startswith("_")
     ]
     if len(found) != 1:
         raise InternalError(f"{module.__name__} must define one public subclass of {base.__name__}, found {len(found)}")

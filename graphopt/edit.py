@@ -131,7 +131,9 @@ class Editor:
             old, new = new, old
         for consumer in list(old.outputs):
             _swap(consumer.inputs, old, new)
-        if not isinstance(new, gs.Constant) and getattr(old, "type", "tensor_type") == getattr(new, "type", "tensor_type"):
+        if not isinstance(new, gs.Constant) and getattr(old, "type", "tensor_type") == getattr(
+            new, "type", "tensor_type"
+        ):
             new.dtype = new.dtype if new.dtype is not None else old.dtype
             new.shape = new.shape if new.shape is not None else old.shape
 

@@ -129,12 +129,14 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int
     return rng.integers(0, high, shape).astype(dtype)
 
 
-def input_samples(model: Model, *, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None, count: int = 2) -> Iterator[Arrays]:
+def input_samples(
+    model: Model, *, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None, count: int = 2
+) -> Iterator[Arrays]:
     """`count` feeds for `model`; dynamic dimensions differ between them (2, 3, ..., or the min, opt, max of `shapes`)."""
     symbols = sorted({d for s in model.inputs for d in s.shape or () if isinstance(d, str)})
     for number in range(count):
         specs = list(model.inputs)
-        dims = {symbol: _DEFAULT_DIM + number for symbol in symbols}
+        dims = dict.fromkeys(symbols, _DEFAULT_DIM + number)
         for index, spec in enumerate(specs):
             ranged = (shapes or {}).get(spec.name)
             if ranged is not None:
@@ -159,8 +161,14 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Mapping[str, np.ndarray[Any
     symbols: dict[str, tuple[int, str]] = {}
     for spec in inputs:
         array = feeds[spec.name]
-        if spec.dtype is not None and spec.dtype != dtype_name(array.dtype) and not (spec.dtype == "string" and array.dtype.kind in "UO"):
-            raise UsageError(f"input {spec.name!r} is {dtype_name(array.dtype)}, the model takes {spec}; convert it with .astype")
+        if (
+            spec.dtype is not None
+            and spec.dtype != dtype_name(array.dtype)
+            and not (spec.dtype == "string" and array.dtype.kind in "UO")
+        ):
+            raise UsageError(
+                f"input {spec.name!r} is {dtype_name(array.dtype)}, the model takes {spec}; convert it with .astype"
+            )
         if spec.shape is None:
             continue
         if array.ndim != len(spec.shape):
@@ -170,7 +178,9 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Mapping[str, np.ndarray[Any
                 raise ShapeError(f"input {spec.name!r} has shape {list(array.shape)}, but the model takes {spec}")
             if isinstance(dim, str) and symbols.setdefault(dim, (array.shape[axis], spec.name))[0] != array.shape[axis]:
                 size, other = symbols[dim]
-                raise ShapeError(f"{dim!r} is {size} in input {other!r} and {array.shape[axis]} in {spec.name!r}; they must agree")
+                raise ShapeError(
+                    f"{dim!r} is {size} in input {other!r} and {array.shape[axis]} in {spec.name!r}; they must agree"
+                )
 
 
 def difference(name: str, reference: Any, value: Any) -> Difference:
@@ -184,10 +194,12 @@ def difference(name: str, reference: Any, value: Any) -> Difference:
         return Difference(name, math.inf, math.inf, f"shape {list(a.shape)} became {list(b.shape)}")
     if a.size == 0:
         return Difference(name, 0.0, 0.0)
-    if a.dtype == object or a.dtype.kind in "USb":
+    if a.dtype.kind == "O" or a.dtype.kind in "USb":
         wrong = int(np.sum(a != b))
-        return Difference(name, *(0.0, 0.0) if not wrong else (math.inf, math.inf), note=f"{wrong} elements differ" if wrong else "")
-    wide = np.complex128 if a.dtype.kind == "c" else np.float64
+        return Difference(
+            name, *(0.0, 0.0) if not wrong else (math.inf, math.inf), note=f"{wrong} elements differ" if wrong else ""
+        )
+    wide: Any = np.complex128 if a.dtype.kind == "c" else np.float64
     if a.dtype.kind in "iu" and a.dtype.itemsize == 8:
         wide = np.longdouble  # keeps all 64 bits
     x, y = a.astype(wide), b.astype(wide)
@@ -208,7 +220,11 @@ def _sequence_difference(name: str, reference: Any, value: Any) -> Difference:
         return Difference(name, *(0.0, 0.0) if same else (math.inf, math.inf), note="" if same else "kinds differ")
     if len(reference) != len(value):
         return Difference(name, math.inf, math.inf, f"{len(reference)} elements became {len(value)}")
-    return max((difference(name, a, b) for a, b in zip(reference, value, strict=True)), key=lambda d: d.relative, default=Difference(name, 0.0, 0.0))
+    return max(
+        (difference(name, a, b) for a, b in zip(reference, value, strict=True)),
+        key=lambda d: d.relative,
+        default=Difference(name, 0.0, 0.0),
+    )
 
 
 def compare(
@@ -234,7 +250,10 @@ def compare(
         NotEquivalent: inputs or outputs have other names.
         UnsupportedModel: the reference cannot be run on any sample.
     """
-    for kind, a, b in (("inputs", reference.inputs, candidate.inputs), ("outputs", reference.outputs, candidate.outputs)):
+    for kind, a, b in (
+        ("inputs", reference.inputs, candidate.inputs),
+        ("outputs", reference.outputs, candidate.outputs),
+    ):
         if {s.name for s in a} != {s.name for s in b}:
             raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
     first = Evaluator(reference)
@@ -257,5 +276,7 @@ def compare(
             if name not in worst or gap.relative > worst[name].relative:
                 worst[name] = gap
     if not count:
-        raise UnsupportedModel(f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape")
+        raise UnsupportedModel(
+            f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape"
+        )
     return Report(tuple(worst.values()), allowed, count, first.engine)

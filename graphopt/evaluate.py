@@ -76,7 +76,9 @@ class Evaluator:
                 else:
                     values = self._reference.run(None, dict(feeds))
         except Exception as error:
-            raise UnsupportedModel(f"running the model in {self.engine} failed: {' '.join(str(error).split())[:300]}") from None
+            raise UnsupportedModel(
+                f"running the model in {self.engine} failed: {' '.join(str(error).split())[:300]}"
+            ) from None
         return dict(zip(self.outputs, values, strict=True))
 
 
@@ -91,9 +93,7 @@ def _ort_session(model: Model) -> Any:
         return ort.InferenceSession(str(path), _quiet_options(), providers=["CPUExecutionProvider"])
 
 
-def evaluate_node(
-    model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]
-) -> list[np.ndarray[Any, Any]]:
+def evaluate_node(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
     """Compute one node on arrays, under the opsets of `model`; None stands for an absent operand.
 
     Raises:
@@ -141,5 +141,3 @@ def _output_dtypes(model: Model) -> dict[str, np.dtype[Any]]:
         return {}
     types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
     return {name: numpy_dtype(kind) for name, kind in types.items() if kind}
-
-

@@ -174,7 +174,9 @@ class Statistics(_Silent):
 def census(name: str, model: Model) -> Census:
     """Count the nodes and bytes of `model`; Constant nodes count as nodes and their data as bytes."""
     operators = Counter(n.op for n in model.nodes())
-    inline = sum(v.nbytes for n in model.nodes() if n.op == "Constant" for v in n.attrs.values() if hasattr(v, "nbytes"))
+    inline = sum(
+        v.nbytes for n in model.nodes() if n.op == "Constant" for v in n.attrs.values() if hasattr(v, "nbytes")
+    )
     return Census(name, sum(operators.values()), model.nbytes + inline, dict(sorted(operators.items())))
 
 
@@ -193,7 +195,9 @@ class PrintAfterChange(_Silent):
         if rewrites:
             text = model.text()
             old, self._text = self._text, text
-            lines = difflib.unified_diff(old.splitlines(), text.splitlines(), "before", f"after {step.pass_name()}", lineterm="", n=1)
+            lines = difflib.unified_diff(
+                old.splitlines(), text.splitlines(), "before", f"after {step.pass_name()}", lineterm="", n=1
+            )
             self.emit("\n".join(lines))
 
 
@@ -233,6 +237,8 @@ class Reproducer(_Silent):
         command = f"graphopt opt {shlex.quote(str(self.path))} -o out.onnx -p {shlex.quote(pipeline)}"
         entry = self._before.carried.metadata_props.add()
         entry.key = self.KEY
-        entry.value = json.dumps({"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"})
+        entry.value = json.dumps(
+            {"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"}
+        )
         save(self._before, self.path)
         error.add_note(f"reproduce with: {command}")

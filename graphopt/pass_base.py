@@ -53,7 +53,9 @@ class Context:
     limit: int | None = None  # single rewrites still admitted (bisection); None: all
     remarks: list[Remark] = field(default_factory=list)
     admitted: int = 0
-    spent: dict[str, int] = field(default_factory=dict)  # what passes used of a budget that holds for the whole pipeline
+    spent: dict[str, int] = field(
+        default_factory=dict
+    )  # what passes used of a budget that holds for the whole pipeline
     running: str = ""  # name of the pass that runs
 
     def remark(self, node: gs.Node | gs.Tensor | None, text: str) -> None:

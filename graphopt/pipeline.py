@@ -205,7 +205,9 @@ class _Run:
             changed = before != Signature(self.model)
             if changed != (rewrites > 0):
                 did = "changed the graph" if changed else "left the graph as it was"
-                raise PassError(f"{name} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done")
+                raise PassError(
+                    f"{name} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
+                )
             if rewrites:
                 cleanup(self.model)
             for instrument in self.instruments:
@@ -265,7 +267,9 @@ class _Parser:
         self.text = text
         self.at = 0
 
-    def fail(self, message: str, at: int | None = None, error: type[PipelineSyntaxError | UnknownPass] | None = None) -> NoReturn:
+    def fail(
+        self, message: str, at: int | None = None, error: type[PipelineSyntaxError | UnknownPass] | None = None
+    ) -> NoReturn:
         column = self.at if at is None else at
         raise (error or PipelineSyntaxError)(f"{message}\n  {self.text}\n  {' ' * column}^")
 
@@ -337,7 +341,9 @@ class _Parser:
                 self.at = match.end()
                 if key not in known:
                     listed = ", ".join(sorted(k.replace("_", "-") for k in known)) or "none"
-                    self.fail(f"{name} has no option {match.group()!r}{nearest(key, known)}; its options: {listed}", start)
+                    self.fail(
+                        f"{name} has no option {match.group()!r}{nearest(key, known)}; its options: {listed}", start
+                    )
                 if not self.take("="):
                     self.fail(f"expected '=' after option {match.group()!r}")
                 self.blank()

@@ -78,7 +78,9 @@ def maybe(operand: Const | Value | str) -> Operand:
 def op(ops: str | tuple[str, ...], *operands: Operand | str, name: str = "", commutative: bool = False) -> Op:
     """A node of the default domain; a string operand is any value bound to that name."""
     kinds = (ops,) if isinstance(ops, str) else ops
-    return Op(kinds, tuple(Value(o) if isinstance(o, str) else o for o in operands), name or kinds[0].lower(), commutative)
+    return Op(
+        kinds, tuple(Value(o) if isinstance(o, str) else o for o in operands), name or kinds[0].lower(), commutative
+    )
 
 
 @dataclass
@@ -207,7 +209,7 @@ def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swap: bool) -> st
         return ""
     objection: str | None = None
     for index, wanted in enumerate(pattern.operands):
-        tensor = operands[index] if index < len(operands) and operands[index].name else None
+        tensor: Any = operands[index] if index < len(operands) and operands[index].name else None
         if isinstance(wanted, Op):
             producer = None if tensor is None else edit.producer(tensor)
             if producer is None:

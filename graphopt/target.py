@@ -64,7 +64,9 @@ class Target:
             if device and not _DEVICE_NAME.fullmatch(device):
                 raise UnknownTarget(f"target {text!r}: {device!r} is no execution provider; try ort:cpu or ort:cuda")
         elif device and not all(_COMPUTE_CAPABILITY.fullmatch(part) for part in device.split("+")):
-            raise UnknownTarget(f"target {text!r}: a TensorRT device is one or more of smNN joined by '+', as in sm86+sm89")
+            raise UnknownTarget(
+                f"target {text!r}: a TensorRT device is one or more of smNN joined by '+', as in sm86+sm89"
+            )
         return cls(runtime, device)
 
     def __str__(self) -> str:

@@ -14,7 +14,9 @@ from graphopt.edit import reads, sort
 from graphopt.errors import InvalidModel, UnsupportedModel
 from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, TensorSpec, save, saves, subgraphs
 
-KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training", "com.microsoft"})
+KNOWN_DOMAINS = frozenset(
+    {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training", "com.microsoft"}
+)
 
 
 def structure(model: Model) -> list[str]:
@@ -80,7 +82,9 @@ def cycles(model: Model) -> None:
         cyclic = sort(graph)
         if cyclic:
             names = ", ".join(f"{n.name!r} ({n.op})" for n in cyclic[:4])
-            raise InvalidModel(f"graph {graph.name!r} has a cycle through {names}; ONNX graphs are acyclic: export the model again")
+            raise InvalidModel(
+                f"graph {graph.name!r} has a cycle through {names}; ONNX graphs are acyclic: export the model again"
+            )
 
 
 def operators(model: Model, allowed_domains: Iterable[str] = ()) -> None:
@@ -114,7 +118,9 @@ def _operators(
         checked.add((domain, op))
         where = f"node {name!r} ({f'{domain}.' if domain else ''}{op})"
         if domain not in opsets:
-            raise InvalidModel(f"{where}: domain {domain or 'ai.onnx'!r} is not among the model's opset imports; add it")
+            raise InvalidModel(
+                f"{where}: domain {domain or 'ai.onnx'!r} is not among the model's opset imports; add it"
+            )
         if domain not in known:
             raise UnsupportedModel(
                 f"{where}: unknown domain {domain!r}; if a plug-in of your runtime serves it, allow it with --allow-domain {domain}"
@@ -124,7 +130,9 @@ def _operators(
         if not onnx.defs.has(op, opsets[domain], domain):
             every = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == domain})
             near = difflib.get_close_matches(op, every, n=1)
-            hint = f"did you mean {near[0]!r}?" if near and near[0] != op else f"check the opset (it is {opsets[domain]})"
+            hint = (
+                f"did you mean {near[0]!r}?" if near and near[0] != op else f"check the opset (it is {opsets[domain]})"
+            )
             raise InvalidModel(f"{where}: no such operator in opset {opsets[domain]}; {hint}")
 
 

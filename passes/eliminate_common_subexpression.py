@@ -18,7 +18,9 @@ from graphopt.edit import Editor, sort
 from graphopt.ir import Model, Node, subgraphs
 from graphopt.pass_base import Context, Pass
 
-RANDOM_OPS = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"})
+RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
+)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,9 @@ class FoldConstants(Pass):
         { y = Mul (x, two) }
     """
 
-    budget: int | None = 1 << 20  # bytes by which a pipeline may let the file grow over what it removes; none: any growth
+    budget: int | None = (
+        1 << 20
+    )  # bytes by which a pipeline may let the file grow over what it removes; none: any growth
     max_value: int = 1 << 31  # bytes of one value, not even with budget=none more than protobuf carries
 
     def run(self, model: Model, ctx: Context) -> int:
@@ -174,7 +176,9 @@ class _Plan:
         if self.options.budget is None:
             return
         allowed = self.options.budget - self.ctx.spent.get("fold-constants", 0)  # one budget for a whole pipeline
-        freed = sum(_stored(c.nbytes, c) for key, c in sources.items() if not remaining[key] and not self.edit.is_output(c))
+        freed = sum(
+            _stored(c.nbytes, c) for key, c in sources.items() if not remaining[key] and not self.edit.is_output(c)
+        )
         # The data of a Constant node counts as freed like an initializer's.
         freed += sum(sum(map(_bytes, self.outputs(n))) for n in self.folds.values() if n.op == "Constant")
         growth = sum(_bytes(v) for v in self.values.values() if v.kept) - freed
@@ -188,15 +192,17 @@ class _Plan:
                 continue
             del self.folds[id(node)]
             size = self.values[key].array.nbytes
-            self.ctx.remark(node, f"constant, but storing it adds {size:,} bytes; allow it with fold-constants{{budget=none}}")
+            self.ctx.remark(
+                node, f"constant, but storing it adds {size:,} bytes; allow it with fold-constants{{budget=none}}"
+            )
             growth -= sum(_bytes(v) for v in self.outputs(node) if v.kept)
             for tensor in {id(t): t for t in node.inputs if t.name}.values():
-                value = self.values.get(id(tensor))
-                if value is not None and id(value.node) in self.folds:
-                    value.kept += 1
-                    if value.kept == 1:
-                        growth += _bytes(value)
-                        heapq.heappush(heap, (-value.array.nbytes, order[id(value.node)], id(tensor)))
+                source = self.values.get(id(tensor))
+                if source is not None and id(source.node) in self.folds:
+                    source.kept += 1
+                    if source.kept == 1:
+                        growth += _bytes(source)
+                        heapq.heappush(heap, (-source.array.nbytes, order[id(source.node)], id(tensor)))
                 elif id(tensor) in sources:
                     remaining[id(tensor)] += 1
                     if remaining[id(tensor)] == 1:
@@ -273,8 +279,57 @@ def _output_bytes(model: Model, node: Node, operands: list[Array | None]) -> int
 
 # Operators whose output can be much larger than their operands together.
 _GROWING: Final = frozenset(
-    {"ConstantOfShape", "Expand", "Tile", "Range", "Pad", "Resize", "Upsample", "OneHot", "EyeLike", "MatMul", "Gemm", "Einsum"}
-    | {"Gather", "GatherND", "GatherElements", "Where", "Conv", "ConvTranspose", "CenterCropPad", "Col2Im", "AffineGrid", "Add"}
-    | {"Sub", "Mul", "Div", "Pow", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "Mod", "Cast"}
-    | {"HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix", "SequenceConstruct", "Max", "Min", "Sum", "Mean"}
+    {
+        "ConstantOfShape",
+        "Expand",
+        "Tile",
+        "Range",
+        "Pad",
+        "Resize",
+        "Upsample",
+        "OneHot",
+        "EyeLike",
+        "MatMul",
+        "Gemm",
+        "Einsum",
+    }
+    | {
+        "Gather",
+        "GatherND",
+        "GatherElements",
+        "Where",
+        "Conv",
+        "ConvTranspose",
+        "CenterCropPad",
+        "Col2Im",
+        "AffineGrid",
+        "Add",
+    }
+    | {
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Equal",
+        "Less",
+        "Greater",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "And",
+        "Or",
+        "Xor",
+        "Mod",
+        "Cast",
+    }
+    | {
+        "HannWindow",
+        "HammingWindow",
+        "BlackmanWindow",
+        "MelWeightMatrix",
+        "SequenceConstruct",
+        "Max",
+        "Min",
+        "Sum",
+        "Mean",
+    }
 )

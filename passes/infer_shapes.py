@@ -38,7 +38,9 @@ class InferShapes(Pass):
         """Refine all graphs; returns the number of values that became better known."""
         slim = model.to_proto(lambda c: c.nbytes <= self.max_constant)
         try:
-            inferred = onnx.shape_inference.infer_shapes(slim, check_type=False, strict_mode=False, data_prop=self.data_prop)
+            inferred = onnx.shape_inference.infer_shapes(
+                slim, check_type=False, strict_mode=False, data_prop=self.data_prop
+            )
         except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
             ctx.remark(None, f"onnx cannot infer shapes here: {' '.join(str(error).split())[:200]}")
             return 0

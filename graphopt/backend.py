@@ -63,6 +63,7 @@ class BuildOptions:
 
     shapes: Mapping[str, ShapeRange] = field(default_factory=dict)  # input name -> range
     threads: int | None = None  # ort: intra-op threads; None is the runtime's default
+    spinning: bool = True  # ort: idle threads spin for lower latency; off where CPU seconds are compared
     graph_level: str | None = None  # ort: disabled, basic, extended or all
     workspace: int | None = None  # tensorrt: bytes of scratch memory
     optimization_level: int | None = None  # tensorrt: 0..5

@@ -65,9 +65,9 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` where something is near, else nothing."""
+    """`` (did you mean 'x'?)`` where something is near, else nothing."""
     near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @functools.cache

@@ -232,13 +232,13 @@ _BARE = re.compile(r"[^\s,{}()\[\]'\"=]+")
 def step_text(step: Step) -> str:
     if isinstance(step, Fixpoint):
         return str(step)
-    options = ",".join(f"{name.replace('_', '-')}={_value_text(value)}" for name, value in step.options().items())
+    options = ",".join(f"{name.replace('_', '-')}={value_text(value)}" for name, value in step.options().items())
     return f"{step.pass_name()}{{{options}}}" if options else step.pass_name()
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return f"[{','.join(map(_value_text, value))}]"
+        return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:

@@ -1,0 +1,26 @@
+# make demo and make test need Python >= 3.11 and make, nothing else; both work in .venv, which they make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := test
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphopt needs Python 3.11 or later; name one with make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: .venv/.installed  ## build engines and ONNX Runtime models from two networks, and show what came out
+	$(BIN)/python -m benchmarks.demo
+
+lint: .venv/.installed
+	$(BIN)/ruff check .  passes backends models
+	$(BIN)/ruff format --check . passes backends models
+	$(BIN)/mypy
+
+test: lint  ## everything CI runs
+	$(BIN)/python -m pytest -q -n 2
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,288 @@
+"""The main job: one model in, a bundle out, with proof at every step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import graphopt
+from graphopt import bundle as bundles
+from graphopt import equivalence, ir, measure, verify
+from graphopt.backend import Artifact, Backend, BuildOptions, Progress, ShapeRange
+from graphopt.bundle import Bundle
+from graphopt.discovery import backend_for
+from graphopt.errors import BackendUnavailable, InternalError, UnsupportedModel, UsageError
+from graphopt.evaluate import evaluate_node
+from graphopt.instruments import Census, Statistics, Verify, census
+from graphopt.ir import Model, TensorSpec
+from graphopt.pass_base import Context, Exactness
+from graphopt.pipeline import Instrument, Pipeline, Result
+from graphopt.target import Target
+
+Say = Callable[[str], None]
+Feeds = Mapping[str, "np.ndarray[Any, Any]"]
+
+
+@dataclass
+class Request:
+    """All that decides a build."""
+
+    model: Model
+    out: Path
+    targets: tuple[Target, ...]
+    pipeline: Pipeline
+    options: BuildOptions
+    feeds: Sequence[Feeds] | None
+    fallback: bool
+    measure: bool
+    seed: int
+    say: Say
+    progress: Callable[[Target], Progress | None]
+    instruments: Sequence[Instrument] = ()
+    fallbacks: list[dict[str, str]] = field(default_factory=list)
+
+
+def build(
+    model: Model | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    targets: Sequence[str | Target] | None = None,
+    pipeline: str | Pipeline = "default",
+    *,
+    shapes: Mapping[str, str | ShapeRange] | None = None,
+    options: BuildOptions | None = None,
+    feeds: Sequence[Feeds] | None = None,
+    fallback: bool = True,
+    measure: bool = False,
+    seed: int = 0,
+    allow_domains: Sequence[str] = (),
+    say: Say = lambda text: None,
+    progress: Callable[[Target], Progress | None] = lambda target: None,
+    instruments: Sequence[Instrument] = (),
+) -> Bundle:
+    """Optimize `model` for each target and write a bundle.
+
+    Args:
+        model: a Model, or the path of one.
+        out: the bundle's folder; an earlier bundle there is replaced, in one step and only when all went well.
+        targets: as in ``["tensorrt-rtx:sm89", "ort:cpu"]``; None: the best engine that can be built here, and ONNX Runtime.
+        pipeline: passes or a preset; run once for each target, since the target decides.
+        shapes: ranges of dynamic inputs, by name, as ``"1x3x8x8:8x3x8x8:32x3x8x8"``.
+        options: what to ask of the backends; `shapes` given here go on top.
+        feeds: samples for the numeric proof; None generates some.
+        fallback: build for ONNX Runtime, saying so, where a target cannot be built.
+        measure: also time the ONNX Runtime variants against the original, into the manifest (its bytes then vary).
+        seed: of generated samples.
+        allow_domains: custom operator domains to carry unread.
+        say: is told of fallbacks, defaults and other things a user should hear.
+        progress: gives a progress callback for the build of a target.
+        instruments: further instruments around each pass.
+
+    Raises:
+        UserError: the model, an option, the machine or the place is at fault; nothing is written then.
+        NotEquivalent: the optimized model computes something else.
+        InternalError: a pass is at fault.
+    """
+    loaded = model if isinstance(model, Model) else ir.load(model)
+    verify.cycles(loaded)
+    verify.operators(loaded, allow_domains)
+    options = options or BuildOptions()
+    ranges = {
+        name: ShapeRange.parse(f"{name}={r}")[1] if isinstance(r, str) else r for name, r in (shapes or {}).items()
+    }
+    options = replace(options, shapes={**options.shapes, **ranges})
+    request = Request(
+        loaded,
+        Path(out),
+        (),
+        Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline,
+        options,
+        feeds,
+        fallback,
+        measure,
+        seed,
+        say,
+        progress,
+        instruments,
+    )
+    wanted = [t if isinstance(t, Target) else Target.parse(t) for t in targets] if targets else _best_here(request)
+    request.targets = tuple(dict.fromkeys(wanted))
+    return _build(request)
+
+
+def _best_here(request: Request) -> list[Target]:
+    """The engine that can be built on this machine, if any, and ONNX Runtime on the CPU."""
+    reasons = []
+    for runtime in ("tensorrt", "tensorrt-rtx"):
+        reason = backend_for(runtime)[1].availability(runtime).build
+        if reason is None:
+            return [Target(runtime), Target("ort", "cpu")]
+        reasons.append(f"{runtime}: {reason}")
+    _fall_back(request, "an engine", "; ".join(reasons))
+    return [Target("ort", "cpu")]
+
+
+def _fall_back(request: Request, what: str, reason: str) -> None:
+    """Say aloud that ONNX Runtime takes the place of `what`, or raise where that is forbidden."""
+    if not request.fallback:
+        raise BackendUnavailable(f"{what} cannot be built, and --no-fallback forbids ONNX Runtime instead: {reason}")
+    request.say(f"falling back to ort:cpu for {what}: {reason} (forbid it with --no-fallback)")
+    request.fallbacks.append({"target": what, "reason": reason})
+
+
+@dataclass(frozen=True)
+class _Built:
+    target: Target
+    backend: Backend
+    artifact: Artifact
+    result: Result
+    history: tuple[Census, ...]
+    proof: dict[str, Any]
+
+
+def _build(request: Request) -> Bundle:
+    with bundles.staged(request.out) as folder:
+        built: list[_Built] = []
+        pending = list(request.targets)
+        while pending:
+            target = pending.pop(0)
+            try:
+                built.append(_variant(request, target, folder))
+            except (BackendUnavailable, UnsupportedModel) as error:
+                fallback = Target("ort", "cpu")
+                if target == fallback:
+                    raise
+                _fall_back(request, str(target), str(error))
+                if fallback not in [b.target for b in built] and fallback not in pending:
+                    pending.append(fallback)
+        manifest = _manifest(request, built, folder)
+        bundles.write_manifest(folder, manifest)
+    return Bundle(request.out, manifest)
+
+
+def _variant(request: Request, target: Target, folder: Path) -> _Built:
+    _, backend = backend_for(target.runtime)
+    reason = backend.availability(target.runtime).build
+    if reason is not None:
+        raise BackendUnavailable(reason)
+    statistics = Statistics()
+    ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node)
+    result = request.pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments])
+    changed = verify.interface(request.model, result.model)
+    if changed:
+        raise InternalError(f"the pipeline changed the interface: {changed[0]}")
+    proof = _prove(request, result)
+    artifact = backend.emit(result.model, target, folder, request.options, request.progress(target))
+    for remark in artifact.remarks:
+        request.say(f"{target}: {remark}")
+    return _Built(target, backend, artifact, result, tuple(statistics.history), proof)
+
+
+def _prove(request: Request, result: Result) -> dict[str, Any]:
+    """Compare the optimized model with the original, both as written."""
+    loose = {p.pass_name(): p.exactness for p in request.pipeline.passes if p.exactness is not Exactness.EXACT}
+    rewrites = sum(s.rewrites for s in result.steps if s.pass_name in loose)
+    exactness = request.pipeline.exactness if rewrites else Exactness.EXACT
+    allowed = equivalence.tolerance(exactness, rewrites, [s.dtype for s in request.model.outputs if s.dtype])
+    try:
+        report = equivalence.compare(
+            request.model,
+            result.model,
+            feeds=request.feeds,
+            allowed=allowed,
+            seed=request.seed,
+            shapes=request.options.shapes,
+        )
+    except UnsupportedModel as error:
+        request.say(f"the numbers are not proven: {error}")
+        return {"unproven": str(error)}
+    report.require("the optimized model computes something else")
+    return {
+        "max_abs": max((d.max_abs for d in report.differences), default=0.0),
+        "relative": max((d.relative for d in report.differences), default=0.0),
+        "tolerance": None if math.isinf(allowed) else allowed,
+        "samples": report.samples,
+        "evaluator": report.engine,
+    }
+
+
+def _manifest(request: Request, built: Sequence[_Built], folder: Path) -> dict[str, Any]:
+    model = request.model
+    return {
+        "schema": bundles.SCHEMA,
+        "graphopt": graphopt.__version__,
+        "model": {
+            "name": model.graph.name or "",
+            "sha256": model.fingerprint(),
+            "ir_version": model.ir_version,
+            "opsets": dict(sorted(model.opsets.items())),
+        },
+        "inputs": [_spec(s) for s in model.inputs],
+        "outputs": [_spec(s) for s in model.outputs],
+        "pipeline": str(request.pipeline),
+        "variants": [_entry(request, b, folder) for b in built],
+        "fallbacks": request.fallbacks,
+    }
+
+
+def _spec(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "dtype": spec.dtype, "shape": None if spec.shape is None else list(spec.shape)}
+
+
+def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
+    before, after = built.history[0], census("", built.result.model)
+    entry: dict[str, Any] = {
+        "target": str(built.target),
+        "files": [
+            {"name": name, "sha256": bundles.sha256(folder / name), "bytes": (folder / name).stat().st_size}
+            for name in built.artifact.files
+        ],
+        "shapes": {name: str(r) for name, r in sorted(built.artifact.shapes.items())},
+        "versions": dict(sorted(built.artifact.versions.items())),
+        "passes": [{"name": s.pass_name, "rewrites": s.rewrites} for s in built.result.steps],
+        "nodes": {"before": before.nodes, "after": after.nodes},
+        "weights": {"before": before.initializer_bytes, "after": after.initializer_bytes},
+        "proof": built.proof,
+        "kernels": [
+            {
+                "name": k.name,
+                "inputs": list(k.inputs),
+                "constants": list(k.constants),
+                "outputs": list(k.outputs),
+                "origin": list(k.origin),
+            }
+            for k in built.artifact.kernels
+        ],
+        "remarks": [*built.artifact.remarks, *map(str, built.result.remarks)],
+    }
+    if request.measure and built.target.runtime == "ort":
+        entry["latency"] = _latency(request, built, folder)
+    return entry
+
+
+def _latency(request: Request, built: _Built, folder: Path) -> dict[str, Any] | None:
+    """Time the variant against the original under the same runtime, interleaved."""
+    options = replace(request.options, spinning=False)
+    original = folder / ".original.onnx"
+    written = ir.save(request.model, original)
+    try:
+        sample = request.feeds[0] if request.feeds else next(_samples(request))
+        before = built.backend.open(folder, Artifact((original.name,), {}), built.target, options)
+        after = built.backend.open(folder, built.artifact, built.target, options)
+        timings = measure.interleave({"original": lambda: before.run(sample), "optimized": lambda: after.run(sample)})
+        return timings.compare("original", "optimized").as_dict()
+    except (UnsupportedModel, UsageError, BackendUnavailable) as error:
+        request.say(f"{built.target}: not timed: {error}")
+        return None
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)
+
+
+def _samples(request: Request) -> Any:
+    return equivalence.input_samples(request.model, seed=request.seed, shapes=request.options.shapes)

@@ -1,0 +1,671 @@
+"""The command line: arguments in, one call of the library, text out.
+
+Data goes to stdout, everything else to stderr. Exit codes: 0 ok, 1 a failed build or unequal models, 2 usage, 3 a bug in graphopt.
+Nothing heavy is imported before a command needs it: `graphopt --help` loads neither onnx nor a runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from graphopt.errors import GraphoptError, InternalError, OutputError, UsageError, UserError
+
+if TYPE_CHECKING:
+    from graphopt.backend import BuildOptions, Progress, ShapeRange
+    from graphopt.bundle import BundleSession
+    from graphopt.ir import Model
+    from graphopt.pipeline import Instrument, Pipeline
+    from graphopt.target import Target
+
+app = typer.Typer(
+    name="graphopt",
+    help="Optimize ONNX graphs and build TensorRT engines and ONNX Runtime sessions from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_WIDTH = 140  # columns of tables that go to a file or pipe
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+
+ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx or .onnxtxt file; '-' is stdin.")]
+PipelineText = Annotated[
+    str | None,
+    typer.Option("--passes", "-p", metavar="PIPELINE", help="Passes in sequence, or a preset (O0..O3, default)."),
+]
+Level = Annotated[int | None, typer.Option("-O", min=0, max=3, help="Preset -O0 .. -O3.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=MIN[:OPT:MAX]", help="Range of an input, as x=1x3x8x8:8x3x8x8:32x3x8x8."),
+]
+DataFile = Annotated[Path | None, typer.Option("--data", metavar="FILE.npz", help="Inputs by name; one sample.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.json", help="Write all that was found as JSON.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of generated inputs.")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option("--allow-domain", metavar="DOMAIN", help="Carry operators of a custom domain unread."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Intra-op threads of ONNX Runtime.")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", metavar="TARGET", help="Which variant; default: the best that runs.")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line on `arguments` and return the exit code; never raises but for KeyboardInterrupt."""
+    try:
+        app(args=list(arguments), prog_name="graphopt")
+        return 0
+    except SystemExit as end:  # typer's own: help, or a usage error it has shown
+        return end.code if isinstance(end.code, int) else 0
+    except UserError as error:
+        _complain(error)
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except MemoryError:
+        err.print("error: out of memory; the model or a value in it is too large for this machine", soft_wrap=True)
+        return 1
+    except (InternalError, GraphoptError) as error:
+        traceback.print_exc()
+        _complain(error)
+        err.print(
+            "this is a bug in graphopt or in a plug-in pass; --reproducer FILE writes what is needed to report it"
+        )
+        return 3
+    except Exception as error:
+        traceback.print_exc()
+        err.print(f"error: unexpected {type(error).__name__}; this is a bug in graphopt", markup=False)
+        return 3
+
+
+def _complain(error: GraphoptError) -> None:
+    err.print(f"error: {error}", markup=False, soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        err.print(note, markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    err.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+def _load(name: str) -> Model:
+    from graphopt import ir
+
+    if name != "-":
+        return ir.load(name)
+    data = sys.stdin.buffer.read()
+    if data.lstrip()[:1] == b"<" or (data[:256].isascii() and b"=>" in data[:65536]):
+        return ir.parse(data.decode(errors="replace"))
+    return ir.loads(data, "<stdin>")
+
+
+def _pipeline(text: str | None, level: int | None, default: str) -> Pipeline:
+    from graphopt.pipeline import Pipeline
+
+    if text is not None and level is not None:
+        raise UsageError(
+            "-O and --passes exclude each other; write the preset into the pipeline, as in -p 'O2,my-pass'"
+        )
+    return Pipeline.parse(f"O{level}" if level is not None else default if text is None else text)
+
+
+def _ranges(texts: Sequence[str] | None) -> dict[str, ShapeRange]:
+    from graphopt.backend import ShapeRange
+
+    ranges: dict[str, ShapeRange] = {}
+    for text in texts or ():
+        name, parsed = ShapeRange.parse(text)
+        if name in ranges:
+            raise UsageError(f"--shape names input {name!r} twice; give one range")
+        ranges[name] = parsed
+    return ranges
+
+
+def _arrays(path: Path | None) -> list[dict[str, Any]] | None:
+    """One sample from an .npz file.
+
+    Raises:
+        UsageError: the file cannot be read, or holds pickled objects.
+    """
+    import numpy as np
+
+    if path is None:
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            if not isinstance(data, np.lib.npyio.NpzFile):
+                raise UsageError(f"{str(path)!r} holds one array without a name; save it with np.savez(file, x=array)")
+            return [{name: data[name] for name in data.files}]
+    except OSError as error:
+        raise UsageError(f"cannot read {str(path)!r}: {error.strerror or error}; it should be an .npz file") from None
+    except (ValueError, EOFError, KeyError, AttributeError) as error:
+        raise UsageError(f"{str(path)!r} is no .npz file of plain arrays: {error}") from None
+
+
+def _write_report(path: Path | None, report: Any) -> None:
+    if path is not None:
+        from graphopt.ir import replacing
+
+        with replacing(path) as file:
+            file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    """Gives a function Target -> progress callback; the bar shows on a terminal only."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.fields[target]}"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+
+        def for_target(target: Target) -> Progress:
+            task = bar.add_task("starting", total=1.0, target=str(target))
+
+            def update(phase: str, share: float) -> bool:
+                bar.update(task, completed=share, description=escape(phase))
+                return True
+
+            return update  # type: ignore[return-value]  # our Progress, not Rich's
+
+        yield for_target
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+@app.command()
+def build(
+    model: ModelFile,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle's folder.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", "-t", metavar="TARGET", help="As ort:cpu or tensorrt-rtx:sm86+sm89; repeatable."),
+    ] = None,
+    shape: Shapes = None,
+    passes: PipelineText = None,
+    level: Level = None,
+    data: DataFile = None,
+    no_fallback: Annotated[
+        bool, typer.Option("--no-fallback", help="Fail instead of building for ONNX Runtime.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the result against the original, into the manifest.")
+    ] = False,
+    threads: Threads = None,
+    graph_level: Annotated[str | None, typer.Option(help="ONNX Runtime: disabled, basic, extended, all.")] = None,
+    workspace: Annotated[
+        int | None, typer.Option(min=0, metavar="MIB", help="TensorRT: scratch memory in MiB.")
+    ] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: builder level, 0 to 5.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="TensorRT: file to read tactics from and write them to.")
+    ] = None,
+    no_tf32: Annotated[bool, typer.Option("--no-tf32", help="TensorRT: full float32 in matrix products.")] = False,
+    sparse_weights: Annotated[bool, typer.Option("--sparse-weights", help="TensorRT: 2:4 sparse kernels.")] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights can be replaced in the engine.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="TensorRT: runs in later versions.")
+    ] = False,
+    hardware_compatible: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="TensorRT: ampere-plus or same-compute-capability.")
+    ] = None,
+    allow_domain: Domains = None,
+    seed: Seed = 0,
+    compare_each: Annotated[bool, typer.Option("--compare-each", help="Compare the numbers after each pass.")] = False,
+    reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
+    report: ReportFile = None,
+) -> None:
+    """Optimize MODEL for each target and write a bundle: engines, ONNX Runtime models and a manifest."""
+    import graphopt.build as main_job
+    from graphopt.backend import BuildOptions
+    from graphopt.target import Target
+
+    ranges = _ranges(shape)
+    targets = [Target.parse(t) for t in target] if target else None
+    pipeline = _pipeline(passes, level, "default")
+    options = BuildOptions(
+        shapes=ranges,
+        threads=threads,
+        graph_level=graph_level,
+        workspace=None if workspace is None else workspace << 20,
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        tf32=not no_tf32,
+        sparse_weights=sparse_weights,
+        refit=refit,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    feeds = _arrays(data)
+    with _progress_bar() as progress:
+        bundle = main_job.build(
+            _load(model),
+            output,
+            targets,
+            pipeline,
+            options=options,
+            feeds=feeds,
+            fallback=not no_fallback,
+            measure=measure,
+            seed=seed,
+            allow_domains=allow_domain or (),
+            say=_say,
+            progress=progress,
+            instruments=_instruments(
+                compare_each=compare_each, feeds=feeds, ranges=ranges, seed=seed, reproducer=reproducer
+            ),
+        )
+    _write_report(report, bundle.manifest)
+    out.print(bundle_table(bundle.manifest, f"{output}/"))
+
+
+def bundle_table(manifest: Any, title: str) -> Table:
+    """The variants of a bundle as a Rich table."""
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("target", "file"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("MB", "nodes", "max abs diff", "latency", "kernels"):
+        table.add_column(heading, justify="right")
+    for variant in manifest["variants"]:
+        proof, latency = variant["proof"], variant.get("latency")
+        table.add_row(
+            variant["target"],
+            ", ".join(f["name"] for f in variant["files"]),
+            f"{sum(f['bytes'] for f in variant['files']) / 1e6:.2f}",
+            f"{variant['nodes']['before']} -> {variant['nodes']['after']}",
+            "not proven" if "unproven" in proof else f"{proof['max_abs']:.2g}",
+            f"x{latency['ratio']:.2f} ({latency['verdict']})" if latency else "-",
+            str(len(variant["kernels"])) if variant["kernels"] else "-",
+        )
+    return table
+
+
+def _instruments(
+    *,
+    compare_each: bool = False,
+    feeds: Any = None,
+    ranges: Any = None,
+    seed: int = 0,
+    reproducer: Path | None = None,
+    print_after_change: bool = False,
+    dump: Path | None = None,
+) -> list[Instrument]:
+    from graphopt import instruments
+
+    chosen: list[Instrument] = []
+    if reproducer is not None:
+        chosen.append(instruments.Reproducer(reproducer))
+    if compare_each:
+        chosen.append(instruments.Compare(feeds, seed, ranges))
+    if print_after_change:
+        chosen.append(instruments.PrintAfterChange(lambda text: err.print(text, markup=False, soft_wrap=True)))
+    if dump is not None:
+        chosen.append(instruments.Dump(dump))
+    return chosen
+
+
+@app.command()
+def opt(
+    model: ModelFile,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help=".onnx, .onnxtxt (text), or '-' for stdout.")
+    ],
+    passes: PipelineText = None,
+    level: Level = None,
+    text: Annotated[bool, typer.Option("--text", help="Write ONNX text to stdout, with -o -.")] = False,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="Weights into FILE.data beside the model.")
+    ] = False,
+    allow_domain: Domains = None,
+    shape: Shapes = None,
+    data: DataFile = None,
+    seed: Seed = 0,
+    check: Annotated[bool, typer.Option("--check", help="Run onnx.checker after each pass.")] = False,
+    compare_each: Annotated[bool, typer.Option("--compare-each", help="Compare the numbers after each pass.")] = False,
+    print_after_change: Annotated[
+        bool, typer.Option("--print-after-change", help="Show what each pass changed.")
+    ] = False,
+    time: Annotated[bool, typer.Option("--time", help="Show the seconds of each pass.")] = False,
+    remarks: Annotated[bool, typer.Option("--remarks", help="Show what was left alone, and why.")] = False,
+    dump: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the model after each pass.")] = None,
+    reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
+    report: ReportFile = None,
+) -> None:
+    """Run passes alone: ONNX in, ONNX out."""
+    from graphopt import instruments, ir, verify
+    from graphopt.evaluate import evaluate_node
+    from graphopt.pass_base import Context
+
+    pipeline = _pipeline(passes, level, "default")
+    ranges = _ranges(shape)
+    loaded = _load(model)
+    verify.cycles(loaded)
+    verify.operators(loaded, allow_domain or ())
+    feeds = _arrays(data)
+    timing, statistics = instruments.Timing(), instruments.Statistics()
+    stack: list[Instrument] = [instruments.Verify(), timing, statistics]
+    if check:
+        stack.append(instruments.FullCheck())
+    stack += _instruments(
+        compare_each=compare_each,
+        feeds=feeds,
+        ranges=ranges,
+        seed=seed,
+        reproducer=reproducer,
+        print_after_change=print_after_change,
+        dump=dump,
+    )
+    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node), stack)
+    if output == "-":
+        _to_stdout(result.model.text().encode() if text else ir.saves(result.model))
+    else:
+        ir.save(result.model, output, True if external_data else None)
+    if time or print_after_change:
+        table = Table("pass", "rewrites", "nodes", "wall s", "CPU s")
+        for step, seconds, state in zip(result.steps, timing.times, statistics.history[1:], strict=True):
+            table.add_row(
+                step.pass_name,
+                str(step.rewrites),
+                str(state.nodes),
+                f"{seconds.wall_seconds:.3f}",
+                f"{seconds.cpu_seconds:.3f}",
+            )
+        err.print(table)
+    if remarks:
+        for remark in result.remarks:
+            err.print(f"remark: {remark}", markup=False, soft_wrap=True)
+    first, last = statistics.history[0], statistics.history[-1]
+    err.print(
+        f"{first.nodes} -> {last.nodes} nodes, {first.initializer_bytes:,} -> {last.initializer_bytes:,} bytes of weights, "
+        f"{result.rewrites} rewrites, {len(result.remarks)} remarks",
+        soft_wrap=True,
+    )
+    _write_report(
+        report,
+        {
+            "pipeline": str(pipeline),
+            "passes": [
+                {
+                    "name": s.pass_name,
+                    "rewrites": s.rewrites,
+                    "nodes": c.nodes,
+                    "wall_seconds": t.wall_seconds,
+                    "cpu_seconds": t.cpu_seconds,
+                }
+                for s, t, c in zip(result.steps, timing.times, statistics.history[1:], strict=True)
+            ],
+            "nodes": {"before": first.nodes, "after": last.nodes},
+            "weights": {"before": first.initializer_bytes, "after": last.initializer_bytes},
+            "stops": list(result.stops),
+            "remarks": [str(r) for r in result.remarks],
+        },
+    )
+
+
+def _to_stdout(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {error.strerror}; check the disk") from None
+
+
+@app.command()
+def passes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A pass, or a preset.")] = None) -> None:
+    """List the passes, or explain one."""
+    import dataclasses
+    import inspect
+
+    from graphopt.discovery import find_pass, pass_modules
+    from graphopt.pipeline import PRESETS, Pipeline, value_text
+
+    if name is None:
+        table = Table("pass", "class", "what it does", title="passes", title_justify="left")
+        for known in pass_modules():
+            kind = find_pass(known)
+            table.add_row(known, kind.exactness.value, escape(kind.summary()))
+        out.print(table)
+        presets = Table("preset", "passes", title="presets", title_justify="left")
+        for preset in PRESETS:
+            presets.add_row(preset, escape(str(Pipeline.parse(preset)) or "none"))
+        out.print(presets)
+        out.print("class: A exact, bitwise; B floating-point re-association; C approximate")
+        return
+    if name in PRESETS:
+        out.print(str(Pipeline.parse(name)), markup=False, soft_wrap=True)
+        return
+    kind = find_pass(name)
+    out.print(f"{name}: {inspect.cleandoc(kind.__doc__ or '')}\n", markup=False, soft_wrap=True)
+    options = dataclasses.fields(kind)
+    if options:
+        table = Table("option", "type", "default", title="options", title_justify="left")
+        for option in options:
+            kind_text = (
+                option.type if isinstance(option.type, str) else getattr(option.type, "__name__", str(option.type))
+            )
+            table.add_row(option.name.replace("_", "-"), escape(str(kind_text)), escape(value_text(option.default)))
+        out.print(table)
+
+
+@app.command("backends")
+def list_backends() -> None:
+    """Say what can be built and run on this machine, and why not."""
+    from graphopt.discovery import backends
+
+    table = Table("target", "backend", "version", "builds here", "runs here", "devices")
+    for name, backend in backends().items():
+        for runtime in backend.runtimes:
+            state = backend.availability(runtime)
+            table.add_row(
+                runtime,
+                name,
+                state.version or "-",
+                "yes" if state.build is None else escape(f"no: {state.build}"),
+                "yes" if state.run is None else escape(f"no: {state.run}"),
+                escape(", ".join(state.devices)) or "-",
+            )
+    out.print(table)
+
+
+@app.command()
+def inspect(
+    model: ModelFile,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what a model or a bundle holds."""
+    if model != "-" and Path(model).is_dir():
+        from graphopt.bundle import Bundle
+
+        bundle = Bundle.load(model)
+        if as_json:
+            print(json.dumps(bundle.manifest, indent=2, ensure_ascii=False))
+        else:
+            out.print(bundle_table(bundle.manifest, model))
+        damaged = bundle.damaged()
+        if damaged:
+            raise UserError(f"{model!r} is damaged: {', '.join(damaged)} differ from the manifest; build it again")
+        return
+    from graphopt.report import summary
+
+    facts = summary(_load(model))
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    table = Table(show_header=False, title=escape(model), title_justify="left")
+    for key in ("producer", "ir_version", "opsets", "nodes", "parameters", "weight_bytes", "dynamic_dims", "functions"):
+        value = facts[key]
+        shown = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        shown = (
+            ", ".join(shown) or "none" if isinstance(shown, list) else f"{shown:,}" if isinstance(shown, int) else shown
+        )
+        table.add_row(key.replace("_", " "), escape(str(shown)))
+    for kind in ("inputs", "outputs"):
+        for spec in facts[kind]:
+            table.add_row(kind[:-1], escape(spec["text"]))
+    out.print(table)
+    operators = Table("operator", "count")
+    for op, count in facts["operators"].items():
+        operators.add_row(op, str(count))
+    out.print(operators)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="The reference model.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="The model to judge.")],
+    data: DataFile = None,
+    shape: Shapes = None,
+    seed: Seed = 0,
+    tolerance: Annotated[float, typer.Option(min=0, help="Relative to the largest magnitude of an output.")] = 1e-4,
+    report: ReportFile = None,
+) -> None:
+    """Run two models, as written, on the same inputs; exit with 1 when they differ."""
+    from graphopt import equivalence
+
+    ranges = _ranges(shape)
+    found = equivalence.compare(
+        _load(first), _load(second), feeds=_arrays(data), allowed=tolerance, seed=seed, shapes=ranges
+    )
+    table = Table("output", "max abs diff", "relative", "note")
+    for gap in found.differences:
+        table.add_row(escape(gap.name), f"{gap.max_abs:.3g}", f"{gap.relative:.3g}", escape(gap.note))
+    out.print(table)
+    rows = [
+        {"output": d.name, "max_abs": str(d.max_abs), "relative": str(d.relative), "note": d.note}
+        for d in found.differences
+    ]
+    _write_report(report, {"equal": found.equal, "tolerance": tolerance, "samples": found.samples, "outputs": rows})
+    found.require(f"{first} and {second}")
+    err.print(f"equal within {tolerance:g} on {found.samples} samples ({found.engine})")
+
+
+@app.command("run")
+def run_bundle(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or an .onnx file.")],
+    data: DataFile = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.npz", help="Write the outputs.")
+    ] = None,
+    target: TargetName = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Run a bundle on this machine; without --data on generated inputs."""
+    import numpy as np
+
+    session = _open(bundle, target, threads)
+    feeds = (_arrays(data) or [_generated(session, seed, None)])[0]
+    results = session.run(feeds)
+    table = Table("output", "dtype", "shape", "min", "mean", "max")
+    for name, value in results.items():
+        array = np.asarray(value)
+        numeric = array.dtype.kind in "fiu" and array.size > 0
+        figures = [f"{f(array.astype(np.float64)):.5g}" for f in (np.min, np.mean, np.max)] if numeric else ["-"] * 3
+        table.add_row(escape(name), str(array.dtype), str(list(array.shape)), *figures)
+    out.print(table)
+    if output is not None:
+        from graphopt.ir import replacing
+
+        with replacing(output) as file:
+            np.savez(file, allow_pickle=False, **{k: np.asarray(v) for k, v in results.items()})
+
+
+def _open(path: Path, target: str | None, threads: int | None, spinning: bool = True) -> BundleSession:
+    from graphopt import bundle
+    from graphopt.backend import BuildOptions
+
+    options: BuildOptions = BuildOptions(threads=threads, spinning=spinning)
+    session = bundle.open(path, target, options)
+    for reason in session.skipped:
+        _say(f"passed over {reason}")
+    return session
+
+
+def _generated(session: BundleSession, seed: int, ranges: dict[str, ShapeRange] | None) -> dict[str, Any]:
+    from graphopt import equivalence
+    from graphopt.ir import TensorSpec
+
+    variant = session.variant
+    known = {**(variant.shapes if variant else {}), **(ranges or {})}
+    specs = [TensorSpec(s.name, s.dtype, known[s.name].opt) if s.name in known else s for s in session.inputs]
+    return equivalence.generate_inputs(specs, seed=seed)
+
+
+@app.command()
+def bench(
+    contestants: Annotated[list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="The first is the baseline.")],
+    data: DataFile = None,
+    shape: Shapes = None,
+    target: TargetName = None,
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Each runs once a round, in random order.")] = 51,
+    seed: Seed = 0,
+    report: ReportFile = None,
+) -> None:
+    """Time bundles and models side by side: interleaved, with the ratio to the first and a sign test."""
+    from graphopt.measure import interleave
+
+    ranges = _ranges(shape)
+    sessions: dict[str, BundleSession] = {}
+    for path in contestants:
+        name = str(path) if str(path) not in sessions else f"{path} ({len(sessions) + 1})"
+        sessions[name] = _open(path, target if path.is_dir() else None, threads, spinning=False)
+    first = next(iter(sessions.values()))
+    feeds = (_arrays(data) or [_generated(first, seed, ranges)])[0]
+    runs = {name: functools.partial(session.run, feeds) for name, session in sessions.items()}
+    for call in runs.values():
+        call()
+    timings = interleave(runs, rounds=rounds, seed=seed)
+    table = Table("contestant", "median ms", "CPU ms", "ratio", "99 % interval", "p", "verdict")
+    rows = timings.rows(baseline=next(iter(sessions)))
+    for row in rows:
+        versus = row.comparison
+        table.add_row(
+            escape(row.name),
+            f"{row.wall_seconds * 1e3:.3f}",
+            f"{row.cpu_seconds * 1e3:.3f}",
+            *(
+                ("1", "", "", "baseline")
+                if versus is None
+                else (
+                    f"{versus.ratio:.3f}",
+                    f"{versus.interval_low:.3f} .. {versus.interval_high:.3f}",
+                    f"{versus.p_value:.2g}",
+                    versus.verdict,
+                )
+            ),
+        )
+    out.print(table)
+    _write_report(report, {"rows": [row.as_dict() for row in rows], "timings": timings.as_dict()})
+
+
+if __name__ == "__main__":
+    main()

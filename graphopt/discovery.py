@@ -57,11 +57,15 @@ def find_pass(name: str) -> type[Pass]:
 
     Raises:
         UnknownPass: no such pass; the message names the nearest.
+        InternalError: the file does not define exactly one pass, or an entry point names it differently.
     """
     modules = pass_modules()
     if name not in modules:
         raise UnknownPass(f"unknown pass {name!r}{nearest(name, modules)}; `graphopt passes` lists them")
-    return _only_class(importlib.import_module(modules[name]), Pass)
+    kind = _only_class(importlib.import_module(modules[name]), Pass)
+    if kind.pass_name() != name:
+        raise InternalError(f"pass {name!r} must come from a module of that name, found {modules[name]!r}; rename the file")
+    return kind
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,17 @@ def numpy_dtype(onnx_type: int) -> np.dtype[Any]:
 
 
 def onnx_dtype(dtype: np.dtype[Any]) -> int:
-    """The ONNX element type of a NumPy dtype."""
-    return int(onnx.TensorProto.STRING) if dtype.kind == "O" else int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+    """The ONNX element type of a NumPy dtype.
+
+    Raises:
+        UnsupportedModel: ONNX has none for it.
+    """
+    if dtype.kind in "OU":
+        return int(onnx.TensorProto.STRING)
+    try:
+        return int(onnx.helper.np_dtype_to_tensor_dtype(dtype.newbyteorder("=")))
+    except ValueError:
+        raise UnsupportedModel(f"ONNX has no element type for {dtype}; cast the array first") from None
 
 
 class StoredValues(LazyValues):  # type: ignore[misc]  # graphsurgeon is untyped
@@ -50,13 +60,14 @@ class StoredValues(LazyValues):  # type: ignore[misc]  # graphsurgeon is untyped
 
     def load(self) -> Array:
         """Decode the values into a read-only array; a view of the file where the format allows it."""
-        if self.raw is None:
+        if self.tensor.data_type == onnx.TensorProto.STRING:
+            array = np.array([decode(s) for s in self.tensor.string_data] + [None], object)[:-1].reshape(self.shape)
+        elif self.raw is None:
             array = onnx.numpy_helper.to_array(self.tensor)
         elif packed_bits(self.tensor.data_type):
             proto = onnx.TensorProto()
-            proto.CopyFrom(self.tensor)
-            proto.ClearField("external_data")
-            proto.ClearField("data_location")
+            proto.data_type = self.tensor.data_type
+            proto.dims.extend(self.shape)
             proto.raw_data = bytes(self.raw)
             array = onnx.numpy_helper.to_array(proto)
         else:
@@ -83,16 +94,38 @@ class SparseStoredValues(StoredValues):
         self.shape = tuple(sparse.dims)
 
     def load(self) -> Array:
-        """Decode into a dense read-only array."""
-        dense = np.zeros(self.shape, self.dtype)
-        values = onnx.numpy_helper.to_array(self.sparse.values)
-        indices = onnx.numpy_helper.to_array(self.sparse.indices)
+        """Decode into a dense read-only array.
+
+        Raises:
+            UnsupportedModel: it does not fit into memory.
+        """
+        try:
+            dense = np.full(self.shape, "" if self.dtype.kind == "O" else 0, self.dtype)
+        except (MemoryError, ValueError):
+            raise UnsupportedModel(
+                f"sparse initializer {self.tensor.name!r} of shape {list(self.shape)} does not fit into memory when dense"
+            ) from None
+        values = StoredValues(self.sparse.values).load()
+        indices = StoredValues(self.sparse.indices).load()
         if indices.ndim == 1:
             dense.reshape(-1)[indices] = values
         else:
             dense[tuple(indices.T)] = values
         dense.flags.writeable = False
         return dense
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and indices."""
+        return StoredValues(self.sparse.values).nbytes + StoredValues(self.sparse.indices).nbytes
+
+
+def decode(raw: bytes) -> str | bytes:
+    """The text of an ONNX string; the bytes themselves where they are no UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw
 
 
 def packed_bits(onnx_type: int) -> int:
@@ -105,8 +138,8 @@ def packed_bits(onnx_type: int) -> int:
 
 def stored_bytes(dtype: np.dtype[Any], shape: Iterable[int]) -> int:
     """Bytes that a tensor takes in a file; for strings an estimate."""
-    count = int(np.prod([*shape], dtype=np.int64))
-    if dtype.kind == "O":
+    count = math.prod(shape)  # Python's integers: a damaged file may declare 2**63 elements and more
+    if dtype.kind in "OU":
         return count * 16
     bits = packed_bits(onnx_dtype(dtype))
     return -(-count * bits // 8) if bits else count * dtype.itemsize
@@ -114,7 +147,7 @@ def stored_bytes(dtype: np.dtype[Any], shape: Iterable[int]) -> int:
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The name users know: ``float32``, ``bfloat16``, ``string``."""
-    return "string" if dtype.kind == "O" else str(np.dtype(dtype).name)
+    return "string" if dtype.kind in "OU" else str(np.dtype(dtype).name)
 
 
 class _ByIdentity:
@@ -141,10 +174,14 @@ class Variable(_ByIdentity, gs.Variable):  # type: ignore[misc]
 class Constant(_ByIdentity, gs.Constant):  # type: ignore[misc]
     """An initializer; `values` decodes on each access and keeps nothing in memory that lies in a file."""
 
-    carried: onnx.ValueInfoProto | None = None  # its graph input, when it is one
+    carried: onnx.ValueInfoProto | None = None  # what the file declares of it as graph input, output or value, if anything
 
     def __init__(self, name: str, values: Array | StoredValues) -> None:
-        if isinstance(values, np.ndarray) and values.flags.writeable:
+        if isinstance(values, np.ndarray):
+            if values.dtype.kind == "U":
+                values = values.astype(object)
+            elif not values.dtype.isnative:
+                values = values.astype(values.dtype.newbyteorder("="))
             values = values.view()
             values.flags.writeable = False
         super().__init__(name, values)
@@ -169,6 +206,7 @@ class Node(_ByIdentity, gs.Node):  # type: ignore[misc]
 
     carried: onnx.NodeProto | None = None
     attr_types: dict[str, int]  # as read, so that [] and 1.0 are written with the type they came with
+    attr_docs: dict[str, str]  # doc strings of attributes
     origin: tuple[str, ...]  # names of the nodes of the loaded model that this one stands for
 
     def __init__(
@@ -182,6 +220,7 @@ class Node(_ByIdentity, gs.Node):  # type: ignore[misc]
     ) -> None:
         super().__init__(op, name, dict(attrs or {}), inputs or [], outputs or [], domain)
         self.attr_types = {}
+        self.attr_docs = {}
         self.origin = ()
 
     @property

@@ -69,13 +69,20 @@ class Report:
 
 
 def tolerance(exactness: Exactness, rewrites: int, dtypes: Sequence[str]) -> float:
-    """The relative bound that the module docstring argues; `dtypes` are those of the floating-point outputs."""
+    """The relative bound that the module docstring argues; `dtypes` are those that the model computes in."""
     if exactness is Exactness.EXACT:
         return 0.0
     if exactness is Exactness.APPROXIMATE:
         return math.inf
     eps = max((float(_finfo(np.dtype(d)).eps) for d in dtypes if _is_float(d)), default=0.0)
     return max(_CONDITION * eps, _CONDITION * float(np.finfo(np.float32).eps)) * math.sqrt(1 + rewrites)
+
+
+def float_types(model: Model) -> list[str]:
+    """The floating-point types that `model` computes in; narrower ones only store."""
+    tensors = [*model.constants(), *model.graph.inputs, *(t for n in model.nodes() for t in n.outputs)]
+    found = {dtype_name(t.dtype) for t in tensors if t.dtype is not None}
+    return sorted(found & {"float16", "bfloat16", "float32", "float64"})
 
 
 def _is_float(name: str) -> bool:
@@ -118,7 +125,7 @@ def _dim(dim: int | str | None, dims: Mapping[str, int] | None) -> int:
 
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int) -> np.ndarray[Any, Any]:
     if name == "string":
-        return rng.choice(np.array(["a", "bc", ""], object), shape)
+        return np.asarray(rng.choice(np.array(["a", "bc", ""], object), shape), object)
     if name == "bool":
         return rng.integers(0, 2, shape).astype(bool)
     dtype = np.dtype(getattr(ml_dtypes, name, name))
@@ -187,7 +194,7 @@ def difference(name: str, reference: Any, value: Any) -> Difference:
     """Compare one output; NaN equals NaN, and infinities must agree in sign."""
     if not isinstance(reference, np.ndarray | np.generic) or not isinstance(value, np.ndarray | np.generic):
         return _sequence_difference(name, reference, value)
-    a, b = np.asarray(reference), np.asarray(value)
+    a, b = (v.astype(object) if v.dtype.kind == "U" else v for v in (np.asarray(reference), np.asarray(value)))
     if a.dtype != b.dtype:
         return Difference(name, math.inf, math.inf, f"dtype {a.dtype} became {b.dtype}")
     if a.shape != b.shape:
@@ -209,7 +216,8 @@ def difference(name: str, reference: Any, value: Any) -> Difference:
         return Difference(name, math.inf, math.inf, f"{int(np.sum(~same))} elements differ in NaN or infinity")
     if not finite.any():
         return Difference(name, 0.0, 0.0)
-    gap = float(np.max(np.abs(x[finite] - y[finite])))
+    with np.errstate(over="ignore"):  # a gap beyond the range of the type is infinite
+        gap = float(np.max(np.abs(x[finite] - y[finite])))
     scale = float(np.max(np.abs(x[finite])))
     return Difference(name, gap, gap / scale if scale else (math.inf if gap else 0.0))
 
@@ -247,7 +255,7 @@ def compare(
         shapes: shapes of the generated inputs.
 
     Raises:
-        NotEquivalent: inputs or outputs have other names.
+        NotEquivalent: inputs or outputs have other names, or the candidate cannot be run where the reference can.
         UnsupportedModel: the reference cannot be run on any sample.
     """
     for kind, a, b in (
@@ -257,7 +265,12 @@ def compare(
         if {s.name for s in a} != {s.name for s in b}:
             raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
     first = Evaluator(reference)
-    second = Evaluator(candidate)
+    try:
+        second = Evaluator(candidate)
+    except UnsupportedModel as error:
+        raise NotEquivalent(f"the original can be run, the candidate cannot: {error}") from None
+    if first.engine != second.engine:  # two engines round differently, whatever the models
+        first, second = Evaluator(reference, "reference"), Evaluator(candidate, "reference")
     worst: dict[str, Difference] = {}
     count = 0
     refusal: UnsupportedModel | None = None
@@ -270,7 +283,10 @@ def compare(
             refusal = error  # a generated input that the original itself refuses proves nothing
             continue
         count += 1
-        found = second.run(sample)
+        try:
+            found = second.run(sample)
+        except UnsupportedModel as error:
+            raise NotEquivalent(f"the original runs on this sample, the candidate does not: {error}") from None
         for name, value in expected.items():
             gap = difference(name, value, found[name])
             if name not in worst or gap.relative > worst[name].relative:

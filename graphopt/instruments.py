@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from graphopt import equivalence, verify
 from graphopt.backend import ShapeRange
-from graphopt.errors import NotEquivalent, PassError, UnsupportedModel, VerifyError
+from graphopt.errors import GraphoptError, NotEquivalent, PassError, UnsupportedModel, VerifyError
 from graphopt.ir import Model, save
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.pipeline import Pipeline, step_text
@@ -104,8 +105,7 @@ class Compare(_Silent):
         if step.exactness.value > self._exactness.value:
             self._exactness = step.exactness
         self._rewrites += rewrites if step.exactness is not Exactness.EXACT else 0
-        dtypes = [s.dtype for s in self._original.outputs if s.dtype]
-        allowed = equivalence.tolerance(self._exactness, self._rewrites, dtypes)
+        allowed = equivalence.tolerance(self._exactness, self._rewrites, equivalence.float_types(self._original))
         try:
             report = equivalence.compare(
                 self._original, model, feeds=self.feeds, allowed=allowed, seed=self.seed, shapes=self.shapes
@@ -235,10 +235,14 @@ class Reproducer(_Silent):
         """Write the file."""
         pipeline = step_text(step)
         command = f"graphopt opt {shlex.quote(str(self.path))} -o out.onnx -p {shlex.quote(pipeline)}"
-        entry = self._before.carried.metadata_props.add()
-        entry.key = self.KEY
-        entry.value = json.dumps(
-            {"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"}
-        )
-        save(self._before, self.path)
-        error.add_note(f"reproduce with: {command}")
+        facts = {"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"}
+        properties = self._before.carried.metadata_props
+        kept = [p for p in properties if p.key != self.KEY]  # the input may be a reproducer itself
+        del properties[:]
+        properties.extend([*kept, onnx.StringStringEntryProto(key=self.KEY, value=json.dumps(facts))])
+        try:
+            save(self._before, self.path)
+        except GraphoptError as refusal:
+            error.add_note(f"no reproducer: {refusal}")
+        else:
+            error.add_note(f"reproduce with: {command}")

@@ -15,11 +15,13 @@ import enum
 import re
 import types
 import typing
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
 
+from graphopt import verify
 from graphopt.discovery import find_pass, nearest, pass_modules
 from graphopt.edit import cleanup, name_nodes
 from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, UnknownPass
@@ -29,8 +31,8 @@ from graphopt.signature import Signature
 
 PRESETS: Final[dict[str, str]] = {
     "O0": "",
-    "O1": "fold-constants,eliminate-identity,eliminate-dead",
-    "O2": "fixpoint(fold-constants,eliminate-identity,eliminate-common-subexpression),fuse-conv-bn,eliminate-dead,infer-shapes",
+    "O1": "eliminate-identity,fold-constants,eliminate-dead",
+    "O2": "fixpoint(eliminate-identity,fold-constants,eliminate-common-subexpression),fuse-conv-bn,eliminate-dead,infer-shapes",
     "O3": "O2",
     "default": "O3",
 }
@@ -138,6 +140,7 @@ class Pipeline:
         Raises:
             PassError: a pass raised, or its count contradicts what it did.
             VerifyError: the verifier found the graph broken.
+            InvalidModel: `model` has a cycle.
         """
         if ctx is None:
             from graphopt.evaluate import evaluate_node
@@ -165,10 +168,12 @@ class _Run:
         self.instruments = instruments
         self.reports: list[StepReport] = []
         self.stops: list[str] = []
+        self.signature: Signature | None = None  # of the model as it is now
 
     def pipeline(self, pipeline: Pipeline) -> Result:
         if pipeline.steps:
             self.model.modernize()
+            verify.cycles(self.model)  # passes may count on topological order
             fresh = fresh_names(self.model)
             for graph in self.model.graphs():
                 name_nodes(graph.nodes, fresh)
@@ -197,7 +202,8 @@ class _Run:
     def one_pass(self, step: Pass, round_number: int) -> int:
         name = step.pass_name()
         self.ctx.running = name
-        before = Signature(self.model)
+        before = self.signature or Signature(self.model)
+        self.signature = None
         try:
             for instrument in self.instruments:
                 instrument.before_pass(step, self.model, self.ctx)
@@ -210,6 +216,8 @@ class _Run:
                 )
             if rewrites:
                 cleanup(self.model)
+            else:
+                self.signature = before
             for instrument in self.instruments:
                 instrument.after_pass(step, self.model, self.ctx, rewrites)
         except Exception as error:
@@ -244,9 +252,10 @@ def value_text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, enum.Enum):
-        return str(value.value)
+        text = str(value.value)
+        return text if _BARE.fullmatch(text) else repr(text)
     if isinstance(value, str):
-        plain = _BARE.fullmatch(value) and value.lower() not in ("none", "true", "false") and not _number(value)
+        plain = _BARE.fullmatch(value) and value.lower() not in ("none", "true", "false") and _number(value) is None
         return value if plain else repr(value)
     return repr(value) if not isinstance(value, Path) else repr(str(value))
 
@@ -314,7 +323,7 @@ class _Parser:
         if name == "fixpoint":
             if not self.take("("):
                 self.fail("expected '(' after fixpoint")
-            steps = self.steps()
+            steps = () if self.peek(")") else self.steps()
             if not self.take(")"):
                 self.fail("expected ')' or ','")
             return (Fixpoint(steps),)
@@ -344,6 +353,8 @@ class _Parser:
                     self.fail(
                         f"{name} has no option {match.group()!r}{nearest(key, known)}; its options: {listed}", start
                     )
+                if key in values:
+                    self.fail(f"{name}: option {match.group()!r} is given twice", start)
                 if not self.take("="):
                     self.fail(f"expected '=' after option {match.group()!r}")
                 self.blank()
@@ -377,7 +388,12 @@ class _Parser:
             if end >= len(self.text):
                 self.fail("string without an end", start)
             self.at = end + 1
-            return ast.literal_eval(self.text[start : self.at])
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # '\\d' stays a backslash and a d
+                    return str(ast.literal_eval(self.text[start : self.at]))
+            except (SyntaxError, ValueError):
+                self.fail("no valid string; write a backslash as \\\\", start)
         match = _BARE.match(self.text, self.at)
         if match is None:
             self.fail("expected a value")
@@ -403,6 +419,8 @@ def convert(raw: Any, wanted: Any) -> Any:
         if type(None) in arguments and isinstance(raw, _Bare) and raw.lower() == "none":
             return None
         rest = [a for a in arguments if a is not type(None)]
+        if str in rest and isinstance(raw, str) and not isinstance(raw, _Bare):
+            return str(raw)
         for kind in rest[:-1]:
             try:
                 return convert(raw, kind)
@@ -411,7 +429,10 @@ def convert(raw: Any, wanted: Any) -> Any:
         return convert(raw, rest[-1])
     if origin is tuple:
         items = raw if isinstance(raw, tuple) else (raw,)
-        return tuple(convert(item, arguments[0]) for item in items)
+        kinds = arguments[:1] * len(items) if Ellipsis in arguments else arguments
+        if len(items) != len(kinds):
+            raise ValueError(f"takes {len(kinds)} values, found {len(items)}")
+        return tuple(map(convert, items, kinds))
     if origin is Literal:
         if str(raw) in map(str, arguments):
             return next(a for a in arguments if str(a) == str(raw))

@@ -5,19 +5,21 @@
 
 The driver holds the laws that every fusion forgets, so no rule can break them:
 
-1. an interior value has one reader, a use inside a body counted;
+1. nothing outside the match reads an interior value, a use inside a body counted;
 2. an interior value is no output of any graph;
 3. an operand that the pattern calls constant is an initializer that no caller can override;
 4. all matched nodes lie in one graph;
 5. where the pattern says `unshared`, nothing outside the match uses that constant.
 
-A rule that does not fire has a reason; the driver turns it into a remark.
+A rule that does not fire has a reason; the driver turns it into a remark. It also keeps the names of graph outputs: where the
+replacement has a name of its own to keep (an input, say), an Identity stands between.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -76,11 +78,26 @@ def maybe(operand: Const | Value | str) -> Operand:
 
 
 def op(ops: str | tuple[str, ...], *operands: Operand | str, name: str = "", commutative: bool = False) -> Op:
-    """A node of the default domain; a string operand is any value bound to that name."""
+    """A node of the default domain; a string operand is any value bound to that name.
+
+    Raises:
+        ValueError: two different nodes of the pattern have one name (by default the operator's, in lower case).
+    """
     kinds = (ops,) if isinstance(ops, str) else ops
-    return Op(
-        kinds, tuple(Value(o) if isinstance(o, str) else o for o in operands), name or kinds[0].lower(), commutative
-    )
+    values = tuple(Value(o) if isinstance(o, str) else o for o in operands)
+    pattern = Op(kinds, values, name or kinds[0].lower(), commutative)
+    named: dict[str, Op] = {}
+    for inner in _ops(pattern):
+        if named.setdefault(inner.name, inner) is not inner:
+            raise ValueError(f"two nodes of the pattern are called {inner.name!r}; tell them apart by name=")
+    return pattern
+
+
+def _ops(pattern: Op) -> Iterator[Op]:
+    yield pattern
+    for operand in pattern.operands:
+        if isinstance(operand, Op):
+            yield from _ops(operand)
 
 
 @dataclass
@@ -124,38 +141,56 @@ class RewritePass(Pass):
         raise NotImplementedError(f"{type(self).__name__} does not implement rewrite")
 
     def run(self, model: Model, ctx: Context) -> int:
-        """Apply the pattern until nothing changes; a worklist, so that only what changed is looked at again."""
+        """Apply the pattern until nothing changes: sweeps over all roots, each with a worklist of what its rewrites touched."""
         edit = Editor(model)
-        work = deque(n for n in model.nodes() if n.op in self.pattern.ops and n.is_onnx)
-        budget = _VISITS_PER_NODE * (len(work) + 1)
+        total, visits = 0, -1
+        while True:
+            roots = [n for n in model.nodes() if n.op in self.pattern.ops]
+            if visits < 0:
+                visits = _VISITS_PER_NODE * (len(roots) + 1)
+            rewrites, visits = self._sweep(roots, visits, model, edit, ctx)
+            edit.commit()
+            total += rewrites
+            if not rewrites or visits <= 0:
+                return total
+
+    def _sweep(self, roots: list[Node], visits: int, model: Model, edit: Editor, ctx: Context) -> tuple[int, int]:
+        """One sweep; returns the number of rewrites and the visits left, 0 to stop."""
+        work = deque(roots)
         rewrites = 0
         while work:
             node = work.popleft()
             if edit.is_erased(node):
                 continue
-            budget -= 1
-            if budget < 0:
+            visits -= 1
+            if visits <= 0:
                 ctx.remark(node, "stopped after too many visits; the rule undoes its own work")
-                break
-            match, reason = find(self.pattern, node, edit)
-            if match is not None:
-                reason = self.check(match, model)
-            if match is None or reason is not None:
+                return rewrites, 0
+            match, reason = find(self.pattern, node, edit, lambda m: self.check(m, model))
+            if match is None:
                 if reason:
                     ctx.remark(node, reason)
                 continue
             if not ctx.admit():
-                break
-            new = self.rewrite(match, edit)
-            edit.replace_uses(node.outputs[0], new)
+                return rewrites, 0
+            new = _put(node, self.rewrite(match, edit), edit)
             _erase_unread(match, edit)
             rewrites += 1
             work.extend(n for n in new.outputs if n.op in self.pattern.ops)
             producer = edit.producer(new)
             if producer is not None and producer.op in self.pattern.ops:
                 work.append(producer)
-        edit.commit()
-        return rewrites
+        return rewrites, visits
+
+
+def _put(root: Node, new: gs.Tensor, edit: Editor) -> gs.Tensor:
+    """Let `new` take the place of the first output of `root`; returns the tensor that its readers read from now on."""
+    old = root.outputs[0]
+    if not edit.can_replace(old, new):
+        copy = Node("Identity", f"{root.name}_identity", None, [new], [edit.variable(old.name, old)])
+        new = edit.insert_after(root, copy).outputs[0]
+    edit.replace_uses(old, new)
+    return old if edit.is_output(old) else new
 
 
 def _erase_unread(match: Match, edit: Editor) -> None:
@@ -164,44 +199,37 @@ def _erase_unread(match: Match, edit: Editor) -> None:
             edit.erase(node)
 
 
-def find(pattern: Op, node: Node, edit: Editor) -> tuple[Match | None, str | None]:
-    """Match `pattern` with `node` as its root.
+def find(
+    pattern: Op, node: Node, edit: Editor, check: Callable[[Match], str | None] = lambda match: None
+) -> tuple[Match | None, str | None]:
+    """Match `pattern` with `node` as its root, commutative operators in every order, until `check` has no objection.
 
     Returns:
-        The match; or None with the reason, where only a law or a constness stood between the node and a match, so that a user
-        may want to know; or None and None where the graph looks different.
+        The match; or None with the reason, where only a law, a constness or `check` stood between the node and a match, so that a
+        user may want to know; or None and None where the graph looks different.
     """
-    for match, reason in _attempts(pattern, node, edit):
+    flippable = [o.name for o in _ops(pattern) if o.commutative]
+    refusal: str | None = None
+    for choice in itertools.product((False, True), repeat=len(flippable)):
+        match = Match(node)
+        reason = _bind(pattern, node, match, edit, frozenset(itertools.compress(flippable, choice)))
+        if reason == "":
+            continue
+        reason = reason or _laws(pattern, match, edit) or check(match)
         if reason is None:
-            reason = _laws(pattern, match, edit)
-        return (match, None) if reason is None else (None, reason)
-    return None, None
+            return match, None
+        refusal = refusal or reason
+    return None, refusal
 
 
-def _attempts(pattern: Op, root: Node, edit: Editor) -> Iterator[tuple[Match, str | None]]:
-    """Structural matches, best first: without an objection, else with the first one met."""
-    objections: list[tuple[Match, str]] = []
-    for swap in (False, True) if _has_commutative(pattern) else (False,):
-        match = Match(root)
-        shape = _bind(pattern, root, match, edit, swap)
-        if shape is None:
-            yield match, None
-        elif shape:
-            objections.append((match, shape))
-    yield from objections
-
-
-def _has_commutative(pattern: Op) -> bool:
-    return pattern.commutative or any(isinstance(o, Op) and _has_commutative(o) for o in pattern.operands)
-
-
-def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swap: bool) -> str | None:
+def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swapped: frozenset[str]) -> str | None:
     """Bind `pattern` to `node`: None is success, "" a different graph, another text an objection worth telling."""
     if node.op not in pattern.ops or not node.is_onnx:
         return ""
-    match.nodes[pattern.name] = node
+    if match.nodes.setdefault(pattern.name, node) is not node:
+        return ""
     operands = list(node.inputs)
-    if swap and pattern.commutative and len(operands) == 2:
+    if pattern.name in swapped and len(operands) == 2:
         operands.reverse()
     while operands and not operands[-1].name:
         operands.pop()
@@ -212,21 +240,19 @@ def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swap: bool) -> st
         tensor: Any = operands[index] if index < len(operands) and operands[index].name else None
         if isinstance(wanted, Op):
             producer = None if tensor is None else edit.producer(tensor)
-            if producer is None:
+            if producer is None or producer.outputs[0] is not tensor:
                 return ""
-            inner = _bind(wanted, producer, match, edit, swap)
+            inner = _bind(wanted, producer, match, edit, swapped)
             if inner == "":
                 return ""
             objection = objection or inner
             continue
-        if tensor is None:
-            if not wanted.optional:
-                return ""
-            match.tensors[wanted.name] = None
-            continue
-        bound = match.tensors.setdefault(wanted.name, tensor)
-        if bound is not tensor:
+        if tensor is None and not wanted.optional:
             return ""
+        if match.tensors.setdefault(wanted.name, tensor) is not tensor:
+            return ""
+        if tensor is None:
+            continue
         if isinstance(wanted, Const) and not edit.is_fixed(tensor):
             what = "a graph input" if edit.is_input(tensor) else f"the result of {_label(edit.producer(tensor))}"
             if isinstance(tensor, gs.Constant):
@@ -258,11 +284,13 @@ def _laws(pattern: Op, match: Match, edit: Editor) -> str | None:
         if edit.graph_of(node) is not edit.graph_of(root):
             return f"{_label(node)} lies in another graph than {_label(root)}"
     for wanted in _constants(pattern):
-        tensor = match.tensors.get(wanted.name)
-        if wanted.unshared and tensor is not None:
-            others = [n for n in tensor.outputs if id(n) not in inside]
+        if wanted.unshared and match.has(wanted.name):
+            shared = match[wanted.name]
+            others = [n for n in shared.outputs if id(n) not in inside]
             if others:
-                return f"{wanted.name} {tensor.name!r} is shared with {_label(others[0])}"
+                return f"{wanted.name} {shared.name!r} is shared with {_label(others[0])}"
+            if edit.is_output(shared):
+                return f"{wanted.name} {shared.name!r} is a graph output"
     return None
 
 

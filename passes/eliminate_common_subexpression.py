@@ -10,7 +10,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -43,6 +42,7 @@ class EliminateCommonSubexpression(Pass):
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep over each graph; returns the number of nodes removed."""
         edit = Editor(model)
+        numbers = _Numbers(edit, self.max_bytes)
         removed = 0
         for graph in model.graphs():
             sort(graph)
@@ -50,42 +50,67 @@ class EliminateCommonSubexpression(Pass):
             for node in list(graph.nodes):
                 if node.op in RANDOM_OPS or not node.is_onnx or subgraphs(node) or not node.outputs:
                     continue
-                first = seen.setdefault(self._key(node, edit), node)
+                first = seen.setdefault(numbers.of_node(node), node)
                 if first is node:
                     continue
                 pairs = [(old, new) for old, new in zip(node.outputs, first.outputs, strict=True) if old.name]
-                if not all(edit.can_replace(old, new) for old, new in pairs):
-                    ctx.remark(node, f"equals {first.name!r}, but both are graph outputs")
-                    continue
-                if not ctx.admit():
-                    break
+                possible = all(edit.can_replace(old, new) for old, new in pairs)
+                if possible and not ctx.admit():
+                    edit.commit()
+                    return removed
                 for old, new in pairs:
-                    edit.replace_uses(old, new)
-                edit.erase(node)
-                removed += 1
+                    numbers.equate(old, new)
+                    if possible:
+                        edit.replace_uses(old, new)
+                if possible:
+                    edit.erase(node)
+                    removed += 1
+                else:
+                    ctx.remark(node, f"equals {first.name!r}, but both are graph outputs")
         edit.commit()
         return removed
 
-    def _key(self, node: Node, edit: Editor) -> tuple[Any, ...]:
-        operands = tuple(self._operand(t, edit) for t in node.inputs)
-        attributes = tuple(sorted((name, self._attribute(value)) for name, value in node.attrs.items()))
-        return node.op, operands, attributes, tuple(bool(t.name) for t in node.outputs)
 
-    def _operand(self, tensor: gs.Tensor, edit: Editor) -> Any:
+class _Numbers:
+    """Value numbers: equal for values known to be equal."""
+
+    def __init__(self, edit: Editor, max_bytes: int) -> None:
+        self.edit = edit
+        self.max_bytes = max_bytes
+        self.known: dict[int, Any] = {}  # id(tensor) -> number
+        self.alive: list[gs.Tensor] = []  # so that no id is used again
+
+    def equate(self, tensor: gs.Tensor, other: gs.Tensor) -> None:
+        """From now on `tensor` has the number of `other`."""
+        self.known[id(tensor)] = self.of(other)
+        self.alive.append(tensor)
+
+    def of(self, tensor: gs.Tensor) -> Any:
+        """The number of a tensor: content for small constants, else identity."""
         if not tensor.name:
             return None
-        if edit.is_fixed(tensor) and tensor.nbytes <= self.max_bytes:
-            return self._content(tensor)
-        return id(tensor)
+        number = self.known.get(id(tensor))
+        if number is None:
+            small = self.edit.is_fixed(tensor) and tensor.nbytes <= self.max_bytes
+            number = self.known[id(tensor)] = _content(tensor) if small else id(tensor)
+            self.alive.append(tensor)
+        return number
 
-    def _content(self, tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes]:
-        values = np.ascontiguousarray(tensor.values)
-        raw = repr(values.tolist()).encode() if values.dtype == object else values.tobytes()
-        return str(values.dtype), values.shape, hashlib.sha256(raw).digest()
+    def of_node(self, node: Node) -> tuple[Any, ...]:
+        """What two nodes must share to be equal."""
+        attributes = tuple(sorted((name, _attribute(value)) for name, value in node.attrs.items()))
+        return node.op, tuple(map(self.of, node.inputs)), attributes, tuple(bool(t.name) for t in node.outputs)
 
-    def _attribute(self, value: Any) -> str:
-        if isinstance(value, gs.Constant):
-            return repr(self._content(value))
-        if isinstance(value, onnx.AttributeProto):
-            return repr(value.SerializeToString(deterministic=True))
-        return repr(value)  # repr of a float holds all its bits, and tells 0.0 from -0.0
+
+def _content(tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes]:
+    values = tensor.values
+    raw = repr(values.tolist()).encode() if values.dtype == object else values.tobytes()
+    return str(values.dtype), values.shape, hashlib.sha256(raw).digest()
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, gs.Constant):
+        return repr(_content(value))
+    if isinstance(value, onnx.AttributeProto):
+        return repr(value.SerializeToString(deterministic=True))
+    return repr(value)  # repr of a float holds all its bits, and tells 0.0 from -0.0

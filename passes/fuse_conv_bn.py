@@ -51,8 +51,11 @@ class FuseConvBatchNorm(RewritePass):
     def check(self, match: Match, model: Model) -> str | None:
         """Why the BatchNormalization cannot be folded, or None."""
         bn, conv, w = match.nodes["bn"], match.nodes["conv"], match["w"]
-        if bn.attrs.get("training_mode", 0):
+        # Up to opset 13 it is the presence of the statistics outputs, read or not, that switches to training mode.
+        if bn.attrs.get("training_mode", 0) or any(t.name for t in bn.outputs[1:]):
             return "it runs in training mode"
+        if model.opset < 7:
+            return f"opset {model.opset} decides about training mode in other ways"
         if bn.attrs.get("spatial", 1) != 1:
             return "it normalizes each position by itself (spatial=0)"
         if not np.issubdtype(w.dtype, np.floating):
@@ -63,15 +66,17 @@ class FuseConvBatchNorm(RewritePass):
         for name in ("scale", "bias", "mean", "var"):
             if tuple(match[name].shape) != (channels,):
                 return f"{name} {match[name].name!r} has shape {list(match[name].shape)}, the convolution has {channels} channels"
-        weight, bias = _folded(match)
+        (weight, exact), (bias, _) = _folded(match)
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             return f"folding would make weight {w.name!r} infinite or NaN in {w.dtype}"
+        if np.abs(weight - exact).max(initial=0) > np.finfo(w.dtype).eps * np.abs(exact).max(initial=0):
+            return f"folding would make weight {w.name!r} too small for {w.dtype}"
         return None
 
     def rewrite(self, match: Match, edit: Editor) -> gs.Tensor:
         """Insert the folded convolution."""
         bn, conv, w = match.nodes["bn"], match.nodes["conv"], match["w"]
-        weight, bias = _folded(match)
+        (weight, _), (bias, _) = _folded(match)
         wish = match["b"].name if match.has("b") else f"{conv.name}_bias"
         operands = [match["x"], edit.constant(w.name, weight), edit.constant(wish, bias)]
         result = edit.variable(conv.outputs[0].name, bn.outputs[0])
@@ -86,8 +91,8 @@ def _out_channels(conv: Node, w: gs.Constant) -> int:
     return int(w.shape[0]) if conv.op == "Conv" else int(w.shape[1]) * int(conv.attrs.get("group", 1))
 
 
-def _folded(match: Match) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Weight and bias of the fused convolution, in the weight's dtype."""
+def _folded(match: Match) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Weight and bias of the fused convolution: each in the weight's dtype, and before that rounding."""
     conv, bn = match.nodes["conv"], match.nodes["bn"]
     original = match.value("w")
     w = original.astype(np.float64)
@@ -102,4 +107,4 @@ def _folded(match: Match) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
             weight = (split * k.reshape(groups, 1, w.shape[1], *[1] * (w.ndim - 2))).reshape(w.shape)
         b = match.value("b").astype(np.float64) if match.has("b") else np.zeros_like(k)
         bias = (b - mean) * k + shift
-        return weight.astype(original.dtype), bias.astype(original.dtype)
+        return [(exact.astype(original.dtype), exact) for exact in (weight, bias)]

@@ -7,11 +7,12 @@ dimensions and dtype without data. Reference: https://github.com/onnx/onnx/blob/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 
-from graphopt.ir import Dim, Graph, Model, Shape, Variable, numpy_dtype, subgraphs
+from graphopt.ir import Dim, Graph, Model, Shape, Variable, numpy_dtype
 from graphopt.pass_base import Context, Pass
 
 
@@ -37,16 +38,19 @@ class InferShapes(Pass):
     def run(self, model: Model, ctx: Context) -> int:
         """Refine all graphs; returns the number of values that became better known."""
         slim = model.to_proto(lambda c: c.nbytes <= self.max_constant)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(
-                slim, check_type=False, strict_mode=False, data_prop=self.data_prop
-            )
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-            ctx.remark(None, f"onnx cannot infer shapes here: {' '.join(str(error).split())[:200]}")
+        inferred: onnx.ModelProto | None = None
+        for strict in (True, False):  # strict stops at the first contradiction and names it, the other goes around it
+            try:
+                inferred = onnx.shape_inference.infer_shapes(slim, strict_mode=strict, data_prop=self.data_prop)
+                break
+            except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+                ctx.remark(None, f"onnx cannot infer all shapes: {' '.join(str(error).split())[:200]}")
+        if inferred is None:
             return 0
-        return self._graph(model.graph, inferred.graph, ctx)
+        promised = frozenset(d for spec in model.inputs for d in spec.shape or () if isinstance(d, str))
+        return self._graph(model.graph, inferred.graph, promised, ctx)
 
-    def _graph(self, graph: Graph, proto: onnx.GraphProto, ctx: Context) -> int:
+    def _graph(self, graph: Graph, proto: onnx.GraphProto, promised: frozenset[str], ctx: Context) -> int:
         infos = {info.name: info for info in [*proto.value_info, *proto.output]}
         border = {id(t) for t in [*graph.inputs, *graph.outputs]}
         refined = 0
@@ -55,33 +59,33 @@ class InferShapes(Pass):
                 info = infos.get(tensor.name)
                 if info is None or id(tensor) in border or not info.type.HasField("tensor_type"):
                     continue
-                if _refine(tensor, info.type.tensor_type) and ctx.admit():
+                better = _refined(tensor, info.type.tensor_type, promised)
+                if better != (tensor.dtype, tensor.shape) and ctx.admit():
+                    tensor.dtype, tensor.shape = better
                     refined += 1
-            bodies = {a.name: a.g for a in node_proto.attribute if a.type == onnx.AttributeProto.GRAPH}
-            names = [name for name, value in node.attrs.items() if any(value is b for b in subgraphs(node))]
-            for name, body in zip(names, subgraphs(node), strict=True):
-                if name in bodies:
-                    refined += self._graph(body, bodies[name], ctx)
+            for attribute in node_proto.attribute:
+                body = node.attrs[attribute.name]
+                if isinstance(body, Graph):
+                    refined += self._graph(body, attribute.g, promised, ctx)
         return refined
 
 
-def _refine(tensor: Variable, proto: onnx.TypeProto.Tensor) -> bool:
-    """Add to `tensor` what `proto` knows more; a contradiction is left as declared."""
+def _refined(
+    tensor: Variable, proto: onnx.TypeProto.Tensor, promised: frozenset[str]
+) -> tuple[np.dtype[Any] | None, Shape | None]:
+    """The dtype and shape of `tensor` with what `proto` knows more; a contradiction is left as declared."""
+    dtype, shape = tensor.dtype, tensor.shape
     if tensor.type not in (None, "tensor_type"):
-        return False
-    changed = False
-    if tensor.dtype is None and proto.elem_type:
-        tensor.dtype, changed = numpy_dtype(proto.elem_type), True
-    if not proto.HasField("shape"):
-        return changed
-    found: Shape = tuple(_dim(d) for d in proto.shape.dim)
-    if tensor.shape is None:
-        tensor.shape, changed = found, True
-    elif len(found) == len(tensor.shape):
-        merged = tuple(_better(old, new) for old, new in zip(tensor.shape, found, strict=True))
-        if merged != tuple(tensor.shape):
-            tensor.shape, changed = merged, True
-    return changed
+        return dtype, shape
+    if dtype is None and proto.elem_type:
+        dtype = numpy_dtype(proto.elem_type)
+    if proto.HasField("shape"):
+        found: Shape = tuple(_dim(d) for d in proto.shape.dim)
+        if shape is None:
+            shape = found
+        elif len(found) == len(shape):
+            shape = tuple(_better(old, new, promised) for old, new in zip(shape, found, strict=True))
+    return dtype, shape
 
 
 def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
@@ -91,7 +95,6 @@ def _dim(proto: onnx.TensorShapeProto.Dimension) -> Dim:
     return None if not proto.dim_param or proto.dim_param.startswith("unk__") else str(proto.dim_param)
 
 
-def _better(old: Dim, new: Dim) -> Dim:
-    if isinstance(old, int | np.integer):
-        return int(old)
-    return new if isinstance(new, int) or old is None else old
+def _better(old: Dim, new: Dim, promised: frozenset[str]) -> Dim:
+    """`new` where `old` says nothing, or names what only the exporter knows; numbers and the inputs' symbols stay."""
+    return new if old is None or (isinstance(old, str) and old not in promised and isinstance(new, int)) else old

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -92,18 +93,23 @@ class OrtSession(Session):
         """
         ort = _ort()
         settings = ort.SessionOptions()
-        settings.log_severity_level = 3
+        settings.log_severity_level = 4  # errors come as exceptions; printed as well, they would be told twice
         settings.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _LEVELS[_level(options)])
         if options.threads is not None:
             settings.intra_op_num_threads = options.threads
         if not options.spinning:
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = _select(target, settings)
+        title = f"ONNX Runtime {ort.__version__}"
         try:
-            self._session = ort.InferenceSession(str(path), settings, **providers)
+            self._session = ort.InferenceSession(str(path), settings, enable_fallback=False, **providers)
         except Exception as error:
-            text = " ".join(str(error).split())
-            raise UnsupportedModel(f"ONNX Runtime {ort.__version__} refuses {path.name!r}: {text[:400]}") from None
+            raise UnsupportedModel(f"{title} refuses {path.name!r}: {_reason(error)}; {_advice(error)}") from None
+        wanted = providers.get("providers", [_CPU])[0]
+        if wanted not in self._session.get_providers():  # ONNX Runtime goes on without a provider that does not start
+            raise BackendUnavailable(
+                f"{title}: {wanted} does not start here; check its driver and libraries, or build for ort:cpu"
+            )
         self.inputs = [_spec(v) for v in self._session.get_inputs()]
         self.outputs = [_spec(v) for v in self._session.get_outputs()]
 
@@ -113,8 +119,24 @@ class OrtSession(Session):
         try:
             values = self._session.run(None, dict(feeds))
         except Exception as error:
-            raise UsageError(f"ONNX Runtime failed on these inputs: {' '.join(str(error).split())[:400]}") from None
+            raise UsageError(f"ONNX Runtime failed on these inputs: {_reason(error)}") from None
         return dict(zip((s.name for s in self.outputs), values, strict=True))
+
+
+def _reason(error: Exception) -> str:
+    """ONNX Runtime's words without its codes and source places."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"(/\S+/)?[\w.]+\.(cc|h):\d+ \S+(?=[ :])", "", text)
+    return " ".join(text.split())[:400].strip(" .:")
+
+
+def _advice(error: Exception) -> str:
+    if re.search(r"opset|IR version", str(error)):
+        return "upgrade onnxruntime, or convert the model down with onnx.version_converter"
+    if "INVALID_PROTOBUF" in str(error):
+        return "export or copy the model again"
+    return "run graphopt inspect on it, or export it anew"
 
 
 def _ort() -> Any:
@@ -131,7 +153,9 @@ def _level(options: BuildOptions) -> str:
     return level
 
 
-_DTYPES: Final = {"float": "float32", "double": "float64"}
+_DTYPES: Final = {"float": "float32", "double": "float64"} | {
+    name.replace("_", ""): name for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+}  # ONNX Runtime's names where they are not NumPy's
 
 
 def _spec(value: Any) -> TensorSpec:
@@ -176,9 +200,9 @@ def _select(target: Target, settings: Any) -> dict[str, Any]:
     """
     ort = _ort()
     device = target.device or "cpu"
-    if device == "cpu" or device.startswith("cpu-"):
-        return {"providers": [_CPU]}
     wanted = device.lower().removesuffix("executionprovider")
+    if wanted == "cpu" or wanted.startswith("cpu-"):
+        return {"providers": [_CPU]}
     for name in ort.get_available_providers():
         if name.lower().removesuffix("executionprovider") == wanted:
             return {"providers": [name, _CPU]}
@@ -191,6 +215,6 @@ def _select(target: Target, settings: Any) -> dict[str, Any]:
     if wanted in known:
         raise BackendUnavailable(
             f"provider {device!r} is not in this onnxruntime ({ort.__version__}); here are: {here}. "
-            "For CUDA: pip uninstall onnxruntime; pip install onnxruntime-gpu"
+            "For cuda and tensorrt: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
         )
     raise UnknownTarget(f"target {str(target)!r}: no execution provider {device!r}; here are: {here}")

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.build import build as build
+    from graphopt.building import build as build
     from graphopt.bundle import Bundle as Bundle
     from graphopt.bundle import open as open
     from graphopt.equivalence import compare as compare
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from graphopt.target import Target as Target
 
 _HOME = {
-    "build": "build",
+    "build": "building",  # not build.py: importing a submodule would put it in the place of the function
     "Bundle": "bundle",
     "open": "bundle",
     "compare": "equivalence",

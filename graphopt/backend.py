@@ -161,8 +161,15 @@ class Backend(ABC):
         """
 
 
+def takes_values(spec: TensorSpec, wanted: ShapeRange) -> bool:
+    """Whether a range is one of values: TensorRT reads a small integer input (``Reshape``'s second, say) as a shape."""
+    if spec.dtype not in ("int32", "int64") or spec.shape is None or len(spec.shape) > 1:
+        return False
+    return len(wanted.opt) == (spec.shape[0] if spec.shape else 1)
+
+
 def check_shapes(model: Model, shapes: Mapping[str, ShapeRange]) -> None:
-    """Compare shape ranges with the model's inputs.
+    """Compare shape ranges with the model's inputs; ranges of values are left alone.
 
     Raises:
         ShapeError: an input that the model lacks, another rank, or another value for a fixed dimension.
@@ -174,7 +181,7 @@ def check_shapes(model: Model, shapes: Mapping[str, ShapeRange]) -> None:
                 f"shape for {name!r}: the model has no such input; its inputs are {', '.join(specs) or 'none'}"
             )
         declared = specs[name].shape
-        if declared is None:
+        if declared is None or takes_values(specs[name], wanted):
             continue
         if len(declared) != len(wanted.opt):
             raise ShapeError(f"shape for {name!r} has {len(wanted.opt)} dimensions, the model declares {specs[name]}")

@@ -21,8 +21,8 @@ import numpy as np
 
 from graphopt.backend import Arrays, Artifact, BuildOptions, Session, ShapeRange
 from graphopt.discovery import backend_for
-from graphopt.errors import BackendUnavailable, InvalidModel, OutputError
-from graphopt.ir import TensorSpec
+from graphopt.errors import BackendUnavailable, GraphoptError, InvalidModel, OutputError, UserError
+from graphopt.ir import TensorSpec, load, save
 from graphopt.target import Target
 
 MANIFEST: Final = "manifest.json"
@@ -41,7 +41,12 @@ class Variant:
     @property
     def shapes(self) -> dict[str, ShapeRange]:
         """The shape ranges it accepts, by input."""
-        return {name: ShapeRange.parse(f"{name}={text}")[1] for name, text in self.record.get("shapes", {}).items()}
+        return {name: ShapeRange.parse(f"{name}={text}")[1] for name, text in self.record["shapes"].items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Package -> version that made it."""
+        return dict(self.record["versions"])
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Bundle:
         """Read a bundle's manifest.
 
         Raises:
-            InvalidModel: no folder, no manifest in it, or a manifest of another version.
+            InvalidModel: no folder, no manifest in it, or a manifest that is damaged or of another version.
         """
         path = Path(folder) / MANIFEST
         try:
@@ -65,14 +70,32 @@ class Bundle:
             raise InvalidModel(
                 f"{str(folder)!r} is no bundle: {MANIFEST} cannot be read ({error.strerror}); make one with graphopt build"
             ) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InvalidModel(f"{str(path)!r} is no JSON; build the bundle again") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise InvalidModel(
                 f"{str(path)!r} has schema {schema!r}, this graphopt reads {SCHEMA!r}; build the bundle again"
             )
-        return cls(Path(folder), manifest)
+        bundle = cls(Path(folder), manifest)
+        try:
+            bundle._check()
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise InvalidModel(f"{str(path)!r} is damaged ({what}); build the bundle again") from None
+        return bundle
+
+    def _check(self) -> None:
+        """Touch all that is used later; raises whatever comes of a manifest that breaks its schema."""
+        _ = self.inputs, self.outputs
+        for variant in self.variants:
+            _ = variant.shapes, variant.versions
+            if not variant.files:
+                raise ValueError(f"variant {str(variant.target)!r} has no files")
+            for entry in variant.record["files"]:
+                name, _digest = entry["name"], entry["sha256"]
+                if not isinstance(name, str) or Path(name).name != name or name == "..":
+                    raise ValueError(f"file {name!r} lies outside the bundle")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -94,36 +117,39 @@ class Bundle:
 
     def damaged(self) -> list[str]:
         """Files that are missing or whose sha256 is not the manifest's."""
-        bad = []
-        for variant in self.manifest["variants"]:
-            for entry in variant["files"]:
-                path = self.folder / entry["name"]
-                if not path.is_file() or sha256(path) != entry["sha256"]:
-                    bad.append(entry["name"])
-        return bad
+        return [name for variant in self.variants for name in self._damaged(variant)]
+
+    def _damaged(self, variant: Variant) -> list[str]:
+        entries = [(self.folder / e["name"], e["sha256"]) for e in variant.record["files"]]
+        return [path.name for path, digest in entries if not path.is_file() or sha256(path) != digest]
 
     def open(self, target: str | None = None, options: BuildOptions | None = None) -> BundleSession:
-        """Load the best variant that runs on this machine, or the one named.
+        """Load the best variant that runs on this machine, or the one named; a runtime alone names any of its devices.
 
         Raises:
+            InvalidModel: a file of the variant is missing or damaged.
             BackendUnavailable: none runs here; the message says why for each.
         """
         variants = sorted(self.variants, key=lambda v: _PREFERENCE.index(v.target.runtime))
         if target is not None:
             wanted = Target.parse(target)
-            variants = [v for v in variants if v.target == wanted]
+            variants = [v for v in variants if wanted in (v.target, Target(v.target.runtime))]
             if not variants:
                 here = ", ".join(str(v.target) for v in self.variants)
                 raise BackendUnavailable(f"{str(self.folder)!r} holds no variant for {target!r}; it has {here}")
         reasons: list[str] = []
         for variant in variants:
             _, backend = backend_for(variant.target.runtime)
-            artifact = Artifact(variant.files, {}, variant.shapes)
-            missing = [name for name in variant.files if not (self.folder / name).is_file()]
-            if missing:
+            reason = backend.availability(variant.target.runtime).run
+            if reason is not None:
+                reasons.append(f"{variant.target}: {reason}")
+                continue
+            if damaged := self._damaged(variant):
                 raise InvalidModel(
-                    f"{str(self.folder)!r} lacks {missing[0]!r}, which its manifest names; build it again"
+                    f"bundle {str(self.folder)!r}: {', '.join(map(repr, damaged))} is missing or differs from its sha256 in "
+                    f"{MANIFEST}; copy or build the bundle again"
                 )
+            artifact = Artifact(variant.files, variant.versions, variant.shapes)
             try:
                 session = backend.open(self.folder, artifact, variant.target, options or BuildOptions())
             except BackendUnavailable as error:
@@ -165,7 +191,7 @@ class BundleSession:
 
 
 def open(path: str | os.PathLike[str], target: str | None = None, options: BuildOptions | None = None) -> BundleSession:
-    """Open a bundle, or a lone ``.onnx`` file with ONNX Runtime.
+    """Open a bundle, or a lone ``.onnx`` or ``.onnxtxt`` file with ONNX Runtime.
 
     Args:
         path: the bundle's folder, or a model file.
@@ -181,7 +207,11 @@ def open(path: str | os.PathLike[str], target: str | None = None, options: Build
         name, backend = backend_for(lone.runtime)
         if name != "onnxruntime":
             raise BackendUnavailable(f"{str(path)!r} is a model file; build it for {target!r} first")
-        session = backend.open(Path(path).parent, Artifact((Path(path).name,), {}), lone, options or BuildOptions())
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            file = Path(path)
+            if file.suffix == ".onnxtxt":
+                file = save(load(file), Path(folder) / "model.onnx")[0]
+            session = backend.open(file.parent, Artifact((file.name,), {}), lone, options or BuildOptions())
         return BundleSession(session, None)
     return Bundle.load(path).open(target, options)
 
@@ -198,7 +228,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write ``manifest.json``: sorted by nothing, indented, UTF-8, the same bytes for the same content."""
+    """Write ``manifest.json``: indented UTF-8, the same bytes for the same content."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -207,41 +237,113 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when the block ends well, and vanishes when it does not.
 
-    What stands at `out` may only be an earlier bundle or an empty folder.
+    What stands at `out` may be an empty folder or an earlier bundle; of that one, files that its manifest does not name are
+    kept. A link is followed.
 
     Raises:
         OutputError: something else stands there, or the place cannot be written.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100  # resolve would follow a link that is to be replaced
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        what = "is a file" if out.is_file() else f"holds other files and no {MANIFEST}"
-        raise OutputError(f"cannot write the bundle {str(out)!r}: it {what}; name a new folder")
+    place = Path(os.path.realpath(out))
+    made: list[Path] = []
     stage = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        known = _contents(place)
+        made += _make_folders(place.parent)
+        inside = place.is_dir() and _is_pinned(place)
+        stage = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place if inside else place.parent))
         yield stage
-        stage.chmod(0o755)
-        _exchange(stage, out)
+        if inside:
+            _refill(stage, place, known)
+        else:
+            stage.chmod(0o777 & ~_umask())
+            _exchange(stage, place, known)
+        made.clear()
     except OSError as error:
         raise OutputError(
             f"cannot write the bundle {str(out)!r}: {error.strerror or error}; check space and permissions"
         ) from None
-    finally:
-        if stage is not None and stage.exists():
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _exchange(stage: Path, out: Path) -> None:
-    """Put `stage` in the place of `out`; the old bundle goes away last."""
-    if not out.exists():
-        stage.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.replace(old)
-    try:
-        stage.rename(out)
-    except OSError:
-        old.replace(out)
+    except GraphoptError as error:
+        if stage is not None:  # a name that nobody will find afterwards
+            error.args = (str(error).replace(str(stage), str(out)),)
         raise
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def _contents(place: Path) -> set[str]:
+    """Names of the files that an earlier build wrote into `place`.
+
+    Raises:
+        OutputError: something stands there that no build wrote.
+    """
+    if not place.exists():
+        return set()
+    if not place.is_dir():
+        raise OutputError(f"cannot write the bundle {str(place)!r}: it is a file; name a folder")
+    if not any(place.iterdir()):
+        return set()
+    try:
+        manifest = json.loads((place / MANIFEST).read_bytes())
+        if not str(manifest["schema"]).startswith(SCHEMA.partition("/")[0]):
+            raise ValueError(manifest["schema"])
+        return {MANIFEST, *(str(f["name"]) for v in manifest["variants"] for f in v["files"])}
+    except FileNotFoundError:
+        what = "holds other files"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        what = f"holds a {MANIFEST} that is no bundle's"
+    raise OutputError(f"cannot write the bundle {str(place)!r}: it {what}; name a new folder, or empty this one")
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make `folder` and its parents; returns those made, outer first."""
+    missing = [f for f in (folder, *folder.parents) if not f.exists()][::-1]
+    made: list[Path] = []
+    try:
+        for each in missing:
+            each.mkdir()
+            made.append(each)
+    except OSError:
+        for each in reversed(made):
+            each.rmdir()
+        raise
+    return made
+
+
+def _is_pinned(place: Path) -> bool:
+    """Whether another folder cannot take the name of `place`: a mount point, a shell's folder, a parent that is read-only."""
+    return place.is_mount() or place.samefile(Path.cwd()) or not os.access(place.parent, os.W_OK)
+
+
+def _exchange(stage: Path, place: Path, known: set[str]) -> None:
+    """Put `stage` in the place of `place`; the old bundle goes away last."""
+    if not place.exists():
+        stage.rename(place)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
+    place.replace(old)
+    try:
+        stage.rename(place)
+    except OSError:
+        old.replace(place)
+        raise
+    for path in old.iterdir():
+        if path.name not in known and not (place / path.name).exists():
+            path.rename(place / path.name)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _refill(stage: Path, place: Path, known: set[str]) -> None:
+    """Move the files of `stage`, which is a folder in `place`, up; the manifest goes first and comes last."""
+    for name in sorted(known, key=lambda n: n != MANIFEST):
+        (place / name).unlink(missing_ok=True)
+    for path in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
+        path.replace(place / path.name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

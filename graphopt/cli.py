@@ -6,12 +6,15 @@ Nothing heavy is imported before a command needs it: `graphopt --help` loads nei
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
+import logging
+import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _WIDTH = 140  # columns of tables that go to a file or pipe
 out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
@@ -47,7 +51,7 @@ PipelineText = Annotated[
     str | None,
     typer.Option("--passes", "-p", metavar="PIPELINE", help="Passes in sequence, or a preset (O0..O3, default)."),
 ]
-Level = Annotated[int | None, typer.Option("-O", min=0, max=3, help="Preset -O0 .. -O3.")]
+Level = Annotated[int | None, typer.Option("-O", min=0, max=3, metavar="LEVEL", help="Preset -O0 .. -O3.")]
 Shapes = Annotated[
     list[str] | None,
     typer.Option("--shape", metavar="NAME=MIN[:OPT:MAX]", help="Range of an input, as x=1x3x8x8:8x3x8x8:32x3x8x8."),
@@ -56,12 +60,12 @@ DataFile = Annotated[Path | None, typer.Option("--data", metavar="FILE.npz", hel
 ReportFile = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.json", help="Write all that was found as JSON.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of generated inputs.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of generated inputs.")]
 Domains = Annotated[
     list[str] | None,
     typer.Option("--allow-domain", metavar="DOMAIN", help="Carry operators of a custom domain unread."),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Intra-op threads of ONNX Runtime.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Intra-op threads of ONNX Runtime.")]
 TargetName = Annotated[
     str | None, typer.Option("--target", metavar="TARGET", help="Which variant; default: the best that runs.")
 ]
@@ -69,24 +73,32 @@ TargetName = Annotated[
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command line on `arguments` and return the exit code; never raises but for KeyboardInterrupt."""
+    """Run the command line on `arguments` and return the exit code; what goes wrong is told on stderr, not raised."""
     try:
-        app(args=list(arguments), prog_name="graphopt")
-        return 0
-    except SystemExit as end:  # typer's own: help, or a usage error it has shown
+        code = app(args=list(arguments), prog_name="graphopt", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except UserError as error:
         _complain(error)
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     except MemoryError:
-        err.print("error: out of memory; the model or a value in it is too large for this machine", soft_wrap=True)
+        _complain(UserError("out of memory; the model or a value in it is too large for this machine"))
+        return 1
+    except BrokenPipeError:  # `| head` has seen enough
+        _mute_stdout()
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            return _unexpected(error)
+        _mute_stdout()
+        _complain(OutputError(f"cannot write the output: {error.strerror}; free some space or name another place"))
         return 1
     except (InternalError, GraphoptError) as error:
         traceback.print_exc()
@@ -96,9 +108,31 @@ def run(arguments: Sequence[str]) -> int:
         )
         return 3
     except Exception as error:
-        traceback.print_exc()
-        err.print(f"error: unexpected {type(error).__name__}; this is a bug in graphopt", markup=False)
-        return 3
+        return _usage(error) if hasattr(error, "format_message") else _unexpected(error)
+
+
+def _usage(error: Any) -> int:
+    """Say what typer found wrong with the arguments; it bundles its own click, so its errors are known by their form."""
+    shown = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(shown, file=sys.stderr)
+        return 2
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "graphopt"
+    _complain(UsageError(f"{shown[:1].lower()}{' '.join(shown[1:].split()).rstrip('.')}; see {command} --help"))
+    return 2
+
+
+def _unexpected(error: Exception) -> int:
+    traceback.print_exception(error)
+    err.print(f"error: unexpected {type(error).__name__}; this is a bug in graphopt", markup=False)
+    return 3
+
+
+def _mute_stdout() -> None:
+    """Let nothing that is still buffered fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(error: GraphoptError) -> None:
@@ -153,19 +187,59 @@ def _arrays(path: Path | None) -> list[dict[str, Any]] | None:
     Raises:
         UsageError: the file cannot be read, or holds pickled objects.
     """
+    import zipfile
+    import zlib
+
     import numpy as np
 
     if path is None:
         return None
+    what = f"--data {str(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as data:
-            if not isinstance(data, np.lib.npyio.NpzFile):
-                raise UsageError(f"{str(path)!r} holds one array without a name; save it with np.savez(file, x=array)")
-            return [{name: data[name] for name in data.files}]
+        with zipfile.ZipFile(path) as archive:
+            feeds = {}
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    feeds[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+            return [feeds]
     except OSError as error:
-        raise UsageError(f"cannot read {str(path)!r}: {error.strerror or error}; it should be an .npz file") from None
-    except (ValueError, EOFError, KeyError, AttributeError) as error:
-        raise UsageError(f"{str(path)!r} is no .npz file of plain arrays: {error}") from None
+        raise UsageError(f"cannot read {what}: {error.strerror or error}; name an .npz file of inputs") from None
+    except zipfile.BadZipFile:
+        raise UsageError(f"{what} is no .npz file; write it with np.savez(file, NAME=array)") from None
+    except ValueError as error:
+        why = "an array of Python objects" if "allow_pickle" in str(error) else str(error)
+        raise UsageError(f"{what} holds {why}; write plain arrays with np.savez(file, NAME=array)") from None
+    except (EOFError, KeyError, zlib.error, NotImplementedError) as error:
+        raise UsageError(f"{what} is damaged ({error}); write it again with np.savez") from None
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """An .npz file, whatever the arrays are called; strings become fixed-width, so that no pickle is needed.
+
+    Raises:
+        UsageError: an output is no tensor.
+    """
+    import zipfile
+
+    import numpy as np
+
+    from graphopt.ir import replacing
+
+    with replacing(path) as target, zipfile.ZipFile(target, "w") as archive:
+        for name, value in arrays.items():
+            if not isinstance(value, np.ndarray | np.generic):
+                raise UsageError(f"output {name!r} is no tensor, and an .npz file holds tensors alone; leave out -o")
+            array = np.asarray(value)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(
+                    file, array.astype(str) if array.dtype == object else array, allow_pickle=False
+                )
+
+
+def _check_folder(path: Path | str | None) -> None:
+    """Complain about a folder that is not there before the work and not after it."""
+    if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: {str(Path(path).parent)!r} is no folder; make it first")
 
 
 def _write_report(path: Path | None, report: Any) -> None:
@@ -176,7 +250,7 @@ def _write_report(path: Path | None, report: Any) -> None:
             file.write((json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _progress_bar() -> Iterator[Any]:
     """Gives a function Target -> progress callback; the bar shows on a terminal only."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -218,13 +292,17 @@ def build(
         bool, typer.Option("--measure", help="Time the result against the original, into the manifest.")
     ] = False,
     threads: Threads = None,
-    graph_level: Annotated[str | None, typer.Option(help="ONNX Runtime: disabled, basic, extended, all.")] = None,
+    graph_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="ONNX Runtime: disabled, basic, extended, all.")
+    ] = None,
     workspace: Annotated[
         int | None, typer.Option(min=0, metavar="MIB", help="TensorRT: scratch memory in MiB.")
     ] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="TensorRT: builder level, 0 to 5.")] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(metavar="LEVEL", help="TensorRT: builder level, 0 to 5.")
+    ] = None,
     timing_cache: Annotated[
-        Path | None, typer.Option(help="TensorRT: file to read tactics from and write them to.")
+        Path | None, typer.Option(metavar="FILE", help="TensorRT: file to read tactics from and write them to.")
     ] = None,
     no_tf32: Annotated[bool, typer.Option("--no-tf32", help="TensorRT: full float32 in matrix products.")] = False,
     sparse_weights: Annotated[bool, typer.Option("--sparse-weights", help="TensorRT: 2:4 sparse kernels.")] = False,
@@ -242,10 +320,12 @@ def build(
     report: ReportFile = None,
 ) -> None:
     """Optimize MODEL for each target and write a bundle: engines, ONNX Runtime models and a manifest."""
-    import graphopt.build as main_job
+    from graphopt import building
     from graphopt.backend import BuildOptions
     from graphopt.target import Target
 
+    if report is not None and output.resolve() not in report.resolve().parents:
+        _check_folder(report)
     ranges = _ranges(shape)
     targets = [Target.parse(t) for t in target] if target else None
     pipeline = _pipeline(passes, level, "default")
@@ -264,7 +344,7 @@ def build(
     )
     feeds = _arrays(data)
     with _progress_bar() as progress:
-        bundle = main_job.build(
+        bundle = building.build(
             _load(model),
             output,
             targets,
@@ -338,7 +418,7 @@ def opt(
     ],
     passes: PipelineText = None,
     level: Level = None,
-    text: Annotated[bool, typer.Option("--text", help="Write ONNX text to stdout, with -o -.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="With -o -: ONNX text instead of protobuf.")] = False,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Weights into FILE.data beside the model.")
     ] = False,
@@ -362,6 +442,12 @@ def opt(
     from graphopt.evaluate import evaluate_node
     from graphopt.pass_base import Context
 
+    if text and output != "-":
+        raise UsageError("--text goes with -o -; a file gets ONNX text by its name: -o FILE.onnxtxt")
+    if external_data and (output == "-" or output.endswith(".onnxtxt")):
+        raise UsageError("--external-data needs a file, as in -o FILE.onnx")
+    for place in (output, report, reproducer):
+        _check_folder(place)
     pipeline = _pipeline(passes, level, "default")
     ranges = _ranges(shape)
     loaded = _load(model)
@@ -429,13 +515,8 @@ def opt(
 
 
 def _to_stdout(data: bytes) -> None:
-    try:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot write to stdout: {error.strerror}; check the disk") from None
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 @app.command()
@@ -544,7 +625,9 @@ def compare(
     data: DataFile = None,
     shape: Shapes = None,
     seed: Seed = 0,
-    tolerance: Annotated[float, typer.Option(min=0, help="Relative to the largest magnitude of an output.")] = 1e-4,
+    tolerance: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Relative to the largest magnitude of an output.")
+    ] = 1e-4,
     report: ReportFile = None,
 ) -> None:
     """Run two models, as written, on the same inputs; exit with 1 when they differ."""
@@ -581,21 +664,22 @@ def run_bundle(
     """Run a bundle on this machine; without --data on generated inputs."""
     import numpy as np
 
+    _check_folder(output)
     session = _open(bundle, target, threads)
     feeds = (_arrays(data) or [_generated(session, seed, None)])[0]
     results = session.run(feeds)
     table = Table("output", "dtype", "shape", "min", "mean", "max")
     for name, value in results.items():
+        if not isinstance(value, np.ndarray | np.generic):
+            table.add_row(escape(name), type(value).__name__, f"{len(value)} elements" if value else "-", "-", "-", "-")
+            continue
         array = np.asarray(value)
-        numeric = array.dtype.kind in "fiu" and array.size > 0
+        numeric = array.size > 0 and (array.dtype.kind in "fiu" or array.dtype.name == "bfloat16")
         figures = [f"{f(array.astype(np.float64)):.5g}" for f in (np.min, np.mean, np.max)] if numeric else ["-"] * 3
         table.add_row(escape(name), str(array.dtype), str(list(array.shape)), *figures)
     out.print(table)
     if output is not None:
-        from graphopt.ir import replacing
-
-        with replacing(output) as file:
-            np.savez(file, allow_pickle=False, **{k: np.asarray(v) for k, v in results.items()})
+        _write_arrays(output, results)
 
 
 def _open(path: Path, target: str | None, threads: int | None, spinning: bool = True) -> BundleSession:
@@ -626,7 +710,7 @@ def bench(
     shape: Shapes = None,
     target: TargetName = None,
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Each runs once a round, in random order.")] = 51,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Each runs once a round, in random order.")] = 51,
     seed: Seed = 0,
     report: ReportFile = None,
 ) -> None:

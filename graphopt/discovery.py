@@ -64,7 +64,9 @@ def find_pass(name: str) -> type[Pass]:
         raise UnknownPass(f"unknown pass {name!r}{nearest(name, modules)}; `graphopt passes` lists them")
     kind = _only_class(importlib.import_module(modules[name]), Pass)
     if kind.pass_name() != name:
-        raise InternalError(f"pass {name!r} must come from a module of that name, found {modules[name]!r}; rename the file")
+        raise InternalError(
+            f"pass {name!r} must come from a module of that name, found {modules[name]!r}; rename the file"
+        )
     return kind
 
 

@@ -1,19 +1,20 @@
 """The sanctioned mutations of a model: by identity, with names that stay unique and outputs that keep theirs.
 
 An `Editor` lives as long as one pass. It indexes the model once, so that every question is O(1), and puts its changes in
-place when `commit` is called (the pass driver does): erased nodes leave their lists in one sweep, and inserted ones are sorted
-in near the node they were made for.
+place when `commit` is called (a pass does, at its end): erased nodes leave their lists in one sweep, and inserted ones come to
+stand beside the node they were made for.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.errors import VerifyError
 from graphopt.ir import Constant, Graph, Model, Node, Variable, fresh_names, subgraphs
 
 
@@ -24,17 +25,16 @@ class Editor:
         self.model = model
         self.fresh_name = fresh_names(model)
         self._graph_of: dict[int, Graph] = {}
-        self._position: dict[int, tuple[int, int]] = {}
         self._output_of: dict[int, Graph] = {}
         self._inputs: set[int] = set()
-        self._erased: set[int] = set()
-        self._inserted: list[Node] = []
+        self._erased: dict[int, gs.Node] = {}  # the nodes are kept, so that no id is used again
+        self._next: dict[int, gs.Node] = {}  # inserted nodes and their anchors, chained in their new order
+        self._previous: dict[int, gs.Node] = {}
+        self._last_behind: dict[int, gs.Node] = {}  # by anchor, what `insert_after` put there last
         for graph in model.graphs():
             self._inputs.update(id(t) for t in graph.inputs)
             self._output_of.update((id(t), graph) for t in graph.outputs)
-            for index, node in enumerate(graph.nodes):
-                self._graph_of[id(node)] = graph
-                self._position[id(node)] = (index, 0)
+            self._graph_of.update((id(node), graph) for node in graph.nodes)
 
     # ------------------------------------------------------------------------------------------------ questions
 
@@ -47,8 +47,8 @@ class Editor:
         return id(tensor) in self._inputs
 
     def is_fixed(self, tensor: gs.Tensor) -> bool:
-        """Whether `tensor` is a constant that no caller can override."""
-        return isinstance(tensor, gs.Constant) and id(tensor) not in self._inputs
+        """Whether `tensor` is a constant that no caller can override, as `Model.is_fixed`."""
+        return isinstance(tensor, gs.Constant) and (id(tensor) not in self._inputs or self.model.ir_version < 4)
 
     def graph_of(self, node: gs.Node) -> Graph:
         """The graph that holds `node`."""
@@ -80,25 +80,37 @@ class Editor:
         return Variable(self.fresh_name(wish), dtype, None if shape is None else tuple(shape))
 
     def insert_before(self, anchor: gs.Node, node: Node, origin: Iterable[gs.Node] = ()) -> Node:
-        """Put `node` into the graph of `anchor`, ahead of it; `origin` are the nodes it stands for (default: the anchor)."""
-        return self._insert(anchor, node, -1, origin)
+        """Put `node` right ahead of `anchor`, in its graph; `origin` are the nodes it stands for (default: the anchor)."""
+        self._adopt(anchor, node, origin)
+        previous = self._previous.get(id(anchor))
+        if previous is not None:
+            self._chain(previous, node)
+        self._chain(node, anchor)
+        return node
 
     def insert_after(self, anchor: gs.Node, node: Node, origin: Iterable[gs.Node] = ()) -> Node:
-        """Put `node` into the graph of `anchor`, behind it; `origin` as in `insert_before`."""
-        return self._insert(anchor, node, 1, origin)
+        """Put `node` behind `anchor` and what was put there before, in its graph; `origin` as in `insert_before`."""
+        self._adopt(anchor, node, origin)
+        last = self._last_behind.get(id(anchor), anchor)
+        following = self._next.get(id(last))
+        if following is not None:
+            self._chain(node, following)
+        self._chain(last, node)
+        self._last_behind[id(anchor)] = node
+        return node
 
-    def _insert(self, anchor: gs.Node, node: Node, side: int, origin: Iterable[gs.Node]) -> Node:
+    def _adopt(self, anchor: gs.Node, node: Node, origin: Iterable[gs.Node]) -> None:
         self._graph_of[id(node)] = self._graph_of[id(anchor)]
-        index, step = self._position[id(anchor)]
-        self._position[id(node)] = (index, step + side)
         names: dict[str, None] = {}
         for source in [*origin] or [anchor]:
             names.update(dict.fromkeys(getattr(source, "origin", ()) or (source.name,)))
         node.origin = tuple(names)
         if node.name:
             node.name = self.fresh_name(node.name)
-        self._inserted.append(node)
-        return node
+
+    def _chain(self, first: gs.Node, second: gs.Node) -> None:
+        self._next[id(first)] = second
+        self._previous[id(second)] = first
 
     def can_replace(self, old: gs.Tensor, new: gs.Tensor) -> bool:
         """Whether `replace_uses` can be done without an Identity node.
@@ -117,10 +129,13 @@ class Editor:
         )
 
     def replace_uses(self, old: gs.Tensor, new: gs.Tensor) -> None:
-        """Let every reader of `old` read `new`. If a graph returns `old`, the producer of `new` writes `old` from now on.
+        """Let every reader of `old`, bodies included, read `new`. If a graph returns `old`, the producer of `new` writes `old`
+        from now on.
 
         `can_replace` must hold. What was known about the type of the vanishing tensor passes to the one that stays.
         """
+        if old is new:
+            return
         if self.is_output(old):
             producer = self.producer(new)
             assert producer is not None
@@ -129,8 +144,12 @@ class Editor:
                 _swap(old_producer.outputs, old, Variable(self.fresh_name(f"{old.name}_unused")))
             _swap(producer.outputs, new, old)
             old, new = new, old
-        for consumer in list(old.outputs):
-            _swap(consumer.inputs, old, new)
+        for consumer in {id(n): n for n in old.outputs}.values():
+            for index, tensor in enumerate(consumer.inputs):
+                if tensor is old:  # past graphsurgeon, which searches both lists of readers for each use
+                    list.__setitem__(consumer.inputs, index, new)
+                    list.append(new.outputs, consumer)
+        list.clear(old.outputs)
         if not isinstance(new, gs.Constant) and getattr(old, "type", "tensor_type") == getattr(
             new, "type", "tensor_type"
         ):
@@ -138,28 +157,36 @@ class Editor:
             new.shape = new.shape if new.shape is not None else old.shape
 
     def erase(self, node: gs.Node) -> None:
-        """Take `node` out of its graph; nothing may read its outputs any more."""
-        self._erased.add(id(node))
-        node.inputs.clear()
-        node.outputs.clear()
+        """Take `node` and its bodies out of the model; nothing may read its outputs any more."""
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            self._erased[id(current)] = current
+            for body in subgraphs(current):
+                pending.extend(body.nodes)
+            current.inputs.clear()
+            current.outputs.clear()
 
     def commit(self) -> None:
         """Put the changes in place: one sweep over the node lists."""
-        if not self._erased and not self._inserted:
+        if not self._erased and not self._next:
             return
-        touched: dict[int, tuple[Graph, list[Node]]] = {}
-        for node in self._inserted:
-            if id(node) not in self._erased:
-                graph = self._graph_of[id(node)]
-                touched.setdefault(id(graph), (graph, []))[1].append(node)
         for graph in self.model.graphs():
-            kept = [n for n in graph.nodes if id(n) not in self._erased]
-            added = touched.get(id(graph), (graph, []))[1]
-            if added:
-                kept = sorted(kept + added, key=lambda n: self._position.get(id(n), (1 << 60, 0)))
-            graph.nodes = kept
-        self._inserted = []
-        self._erased = set()
+            order: list[gs.Node] = []
+            for anchor in graph.nodes:
+                node = anchor
+                while (previous := self._previous.get(id(node))) is not None:
+                    node = previous
+                following: gs.Node | None = node
+                while following is not None:
+                    if id(following) not in self._erased:
+                        order.append(following)
+                    following = self._next.get(id(following))
+            graph.nodes = order
+        for key in self._erased:
+            self._graph_of.pop(key, None)
+        for table in (self._erased, self._next, self._previous, self._last_behind):
+            table.clear()
 
 
 def _swap(tensors: Any, old: gs.Tensor, new: gs.Tensor) -> None:
@@ -196,39 +223,47 @@ def reads(node: gs.Node) -> Iterator[gs.Tensor]:
 
 
 def sort(graph: Graph) -> list[gs.Node]:
-    """Bring the nodes of `graph` into topological order, moving as few as possible; bodies are not entered.
+    """Bring the nodes of `graph` into topological order, as near to the one they have as may be; bodies are not entered.
 
     Returns:
-        The nodes on a cycle: empty when all is well, and the order is then in place.
+        The nodes of a cycle, each read by the next: empty when all is well, and the order is then in place.
     """
-    position = {id(node): index for index, node in enumerate(graph.nodes)}
-    waiting: dict[int, int] = {}
-    readers: dict[int, list[gs.Node]] = {}
-    sorted_already = True
-    for index, node in enumerate(graph.nodes):
-        sources = {position[id(p)] for t in reads(node) for p in t.inputs if id(p) in position}
-        waiting[index] = len(sources)
-        for source in sources:
-            readers.setdefault(source, []).append(node)
-            sorted_already = sorted_already and source < index
-    if sorted_already:
+    nodes = graph.nodes
+    position = {id(node): index for index, node in enumerate(nodes)}
+    sources = [{position[id(p)] for t in reads(node) for p in t.inputs if id(p) in position} for node in nodes]
+    if all(source < index for index, found in enumerate(sources) for source in found):
         return []
-    ready = [index for index, count in waiting.items() if count == 0]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, found in enumerate(sources):
+        for source in found:
+            readers[source].append(index)
+    waiting = [len(found) for found in sources]
+    ready = [index for index, count in enumerate(waiting) if not count]
     heapq.heapify(ready)
-    order: list[gs.Node] = []
+    order: list[int] = []
     while ready:
         index = heapq.heappop(ready)
-        order.append(graph.nodes[index])
-        for reader in readers.get(index, ()):
-            at = position[id(reader)]
-            waiting[at] -= 1
-            if waiting[at] == 0:
-                heapq.heappush(ready, at)
-    if len(order) < len(graph.nodes):
-        done = {id(n) for n in order}
-        return [n for n in graph.nodes if id(n) not in done]
-    graph.nodes = order
+        order.append(index)
+        for reader in readers[index]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, reader)
+    if len(order) < len(nodes):
+        return [nodes[index] for index in _cycle(sources, waiting)]
+    graph.nodes = [nodes[index] for index in order]
     return []
+
+
+def _cycle(sources: list[set[int]], waiting: list[int]) -> list[int]:
+    """A cycle among those that wait for ever: each of them has a source that waits, too, so walking back must end in one."""
+    index = next(i for i, count in enumerate(waiting) if count)
+    seen: dict[int, int] = {}
+    path: list[int] = []
+    while index not in seen:
+        seen[index] = len(path)
+        path.append(index)
+        index = min(s for s in sources[index] if waiting[s])
+    return path[seen[index] :][::-1]
 
 
 def remove_dead(model: Model) -> int:
@@ -237,28 +272,25 @@ def remove_dead(model: Model) -> int:
     Graph inputs and outputs stay. The graphs must be sorted.
     """
     live: set[int] = set()
-    removed = 0
+    dead: list[gs.Node] = []
 
     def sweep(graph: Graph) -> None:
-        nonlocal removed
         live.update(id(t) for t in graph.outputs)
         kept: list[gs.Node] = []
         for node in reversed(graph.nodes):
-            if not any(id(t) in live for t in node.outputs):
-                node.inputs.clear()
-                node.outputs.clear()
+            if any(id(t) in live for t in node.outputs):
+                live.update(id(t) for t in node.inputs)
                 for body in subgraphs(node):
-                    _disconnect(body)
-                removed += 1
-                continue
-            live.update(id(t) for t in node.inputs)
-            for body in subgraphs(node):
-                sweep(body)
-            kept.append(node)
+                    sweep(body)
+                kept.append(node)
+            else:
+                dead.append(node)
         if len(kept) < len(graph.nodes):
             graph.nodes = kept[::-1]
 
     sweep(model.graph)
+    removed = len(dead)
+    _unlink(dead)
     for graph in model.graphs():
         inputs = {id(t) for t in graph.inputs}
         kept = [c for c in graph.initializers if id(c) in live or id(c) in inputs]
@@ -267,23 +299,47 @@ def remove_dead(model: Model) -> int:
     return removed
 
 
-def _disconnect(graph: Graph) -> None:
-    for node in graph.nodes:
+def _unlink(nodes: list[gs.Node]) -> None:
+    """Take `nodes` and those in their bodies off their tensors, each tensor's readers being searched once."""
+    gone: dict[int, gs.Node] = {}
+    pending = [*nodes]
+    while pending:
+        node = pending.pop()
+        gone[id(node)] = node
         for body in subgraphs(node):
-            _disconnect(body)
-        node.inputs.clear()
-        node.outputs.clear()
-    graph.nodes = []
+            pending.extend(body.nodes)
+            body.nodes = []
+    read = {id(t): t for node in gone.values() for t in node.inputs}
+    made = {id(t): t for node in gone.values() for t in node.outputs}
+    for tensor in read.values():
+        list.__setitem__(tensor.outputs, slice(None), [n for n in tensor.outputs if id(n) not in gone])
+    for tensor in made.values():
+        list.__setitem__(tensor.inputs, slice(None), [n for n in tensor.inputs if id(n) not in gone])
+    for node in gone.values():
+        list.clear(node.inputs)
+        list.clear(node.outputs)
 
 
 def cleanup(model: Model) -> None:
-    """What the driver does after a pass that changed something: sort every graph, drop what became dead."""
+    """What the driver does after a pass that changed something: sort every graph, drop what became dead.
+
+    Raises:
+        VerifyError: a graph has a cycle.
+    """
     for graph in model.graphs():
-        sort(graph)
+        cycle = sort(graph)
+        if cycle:
+            raise VerifyError(f"graph {graph.name!r} has a cycle through {cycle_text(cycle)}")
     remove_dead(model)
 
 
-def name_nodes(nodes: Sequence[gs.Node], fresh_name: Any) -> None:
+def cycle_text(cycle: Sequence[gs.Node]) -> str:
+    """The first nodes of a cycle, for messages."""
+    names = [f"{n.name!r} ({n.op})" for n in cycle[:4]]
+    return ", ".join(names + ["..."] * (len(cycle) > 4))
+
+
+def name_nodes(nodes: Sequence[gs.Node], fresh_name: Callable[[str], str]) -> None:
     """Give every unnamed node a name, so that errors and kernels can point at it."""
     for node in nodes:
         if not node.name:

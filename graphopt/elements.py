@@ -43,7 +43,7 @@ def onnx_dtype(dtype: np.dtype[Any]) -> int:
     if dtype.kind in "OU":
         return int(onnx.TensorProto.STRING)
     try:
-        return int(onnx.helper.np_dtype_to_tensor_dtype(dtype.newbyteorder("=")))
+        return int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
     except ValueError:
         raise UnsupportedModel(f"ONNX has no element type for {dtype}; cast the array first") from None
 
@@ -61,7 +61,7 @@ class StoredValues(LazyValues):  # type: ignore[misc]  # graphsurgeon is untyped
     def load(self) -> Array:
         """Decode the values into a read-only array; a view of the file where the format allows it."""
         if self.tensor.data_type == onnx.TensorProto.STRING:
-            array = np.array([decode(s) for s in self.tensor.string_data] + [None], object)[:-1].reshape(self.shape)
+            array = np.array([decode(s) for s in self.tensor.string_data], object).reshape(self.shape)
         elif self.raw is None:
             array = onnx.numpy_helper.to_array(self.tensor)
         elif packed_bits(self.tensor.data_type):
@@ -174,7 +174,9 @@ class Variable(_ByIdentity, gs.Variable):  # type: ignore[misc]
 class Constant(_ByIdentity, gs.Constant):  # type: ignore[misc]
     """An initializer; `values` decodes on each access and keeps nothing in memory that lies in a file."""
 
-    carried: onnx.ValueInfoProto | None = None  # what the file declares of it as graph input, output or value, if anything
+    carried: onnx.ValueInfoProto | None = (
+        None  # what the file declares of it as graph input, output or value, if anything
+    )
 
     def __init__(self, name: str, values: Array | StoredValues) -> None:
         if isinstance(values, np.ndarray):
@@ -182,8 +184,9 @@ class Constant(_ByIdentity, gs.Constant):  # type: ignore[misc]
                 values = values.astype(object)
             elif not values.dtype.isnative:
                 values = values.astype(values.dtype.newbyteorder("="))
-            values = values.view()
-            values.flags.writeable = False
+            if values.flags.writeable:
+                values = values.view()
+                values.flags.writeable = False
         super().__init__(name, values)
 
     @property

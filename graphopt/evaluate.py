@@ -36,27 +36,30 @@ class Evaluator:
     """Computes a model as it is written.
 
     Attributes:
-        engine: ``onnxruntime``, or ``reference`` where ONNX Runtime cannot load the model.
+        engine: ``onnxruntime``, or ``reference`` (onnx's own) where ONNX Runtime cannot load the model or it was asked for.
     """
 
-    def __init__(self, model: Model) -> None:
-        """Load `model`.
+    def __init__(self, model: Model | bytes, engine: str = "onnxruntime") -> None:
+        """Load `model`, given as such or as the bytes of an ``.onnx`` file.
 
         Raises:
             UnsupportedModel: neither evaluator can load it.
         """
-        self.outputs = [spec.name for spec in model.outputs]
-        self.engine = "onnxruntime"
-        try:
-            self._session = _ort_session(model)
-            return
-        except Exception as error:
-            refusal = str(error).splitlines()[0][:300]
+        self.engine = engine
+        refusal = "not asked"
+        if engine == "onnxruntime":
+            try:
+                self._session = _ort_session(model)
+                self.outputs = [o.name for o in self._session.get_outputs()]
+                return
+            except Exception as error:
+                refusal = str(error).splitlines()[0][:300]
         self.engine = "reference"
         try:
             from onnx.reference import ReferenceEvaluator
 
-            self._reference = ReferenceEvaluator(saves(model))
+            self._session = ReferenceEvaluator(model if isinstance(model, bytes) else saves(model))
+            self.outputs = list(self._session.output_names)
         except Exception as error:
             raise UnsupportedModel(
                 f"neither ONNX Runtime ({refusal}) nor onnx.reference ({str(error)[:200]}) can run the model"
@@ -71,10 +74,7 @@ class Evaluator:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # overflow and division in a model are its own affair
-                if self.engine == "onnxruntime":
-                    values = self._session.run(None, dict(feeds))
-                else:
-                    values = self._reference.run(None, dict(feeds))
+                values = self._session.run(None, dict(feeds))
         except Exception as error:
             raise UnsupportedModel(
                 f"running the model in {self.engine} failed: {' '.join(str(error).split())[:300]}"
@@ -82,11 +82,12 @@ class Evaluator:
         return dict(zip(self.outputs, values, strict=True))
 
 
-def _ort_session(model: Model) -> Any:
+def _ort_session(model: Model | bytes) -> Any:
     import onnxruntime as ort
 
-    if model.nbytes <= EXTERNAL_ABOVE:
-        return ort.InferenceSession(saves(model), _quiet_options(), providers=["CPUExecutionProvider"])
+    if isinstance(model, bytes) or model.nbytes <= EXTERNAL_ABOVE:
+        data = model if isinstance(model, bytes) else saves(model)
+        return ort.InferenceSession(data, _quiet_options(), providers=["CPUExecutionProvider"])
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
@@ -99,45 +100,58 @@ def evaluate_node(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any]
     Raises:
         UnsupportedModel: no evaluator can compute it.
     """
-    graph = Graph(name="node")
-    operands: list[Variable] = []
-    feeds: Arrays = {}
-    for index, value in enumerate(inputs):
-        if value is None:
-            operands.append(Variable(""))
-            continue
-        tensor = Variable(f"i{index}", value.dtype, tuple(value.shape))
-        operands.append(tensor)
-        graph.inputs.append(tensor)
-        feeds[tensor.name] = value
-    results = [Variable(f"o{index}" if t.name else "") for index, t in enumerate(node.outputs)]
-    copy = Node(node.op, "node", dict(node.attrs), operands, results, node.domain or "")
-    copy.attr_types = dict(getattr(node, "attr_types", {}))
-    graph.nodes.append(copy)
-    graph.outputs = [t for t in results if t.name]
-    carried = onnx.ModelProto()
-    carried.CopyFrom(model.carried)
-    single = Model(graph, carried)
-    dtypes = _output_dtypes(single)
-    for tensor in graph.outputs:
-        tensor.dtype = dtypes.get(tensor.name)
-    found = Evaluator(single).run(feeds)
+    if node.op == "Div":
+        _refuse_overflow(node, inputs)
+    feeds = {f"i{index}": value for index, value in enumerate(inputs) if value is not None}
+    evaluator, dtypes = _prepared(_single(model, node, inputs))
+    found = evaluator.run(feeds)
     arrays = []
-    for tensor in graph.outputs:
-        value = found[tensor.name]
+    for name, value in found.items():
         if not isinstance(value, np.ndarray | np.generic):
             raise UnsupportedModel(f"node {node.name!r} ({node.op}) computes no tensor")
         array = np.asarray(value)
-        if tensor.dtype is not None and array.dtype != tensor.dtype:
-            raise UnsupportedModel(f"node {node.name!r} ({node.op}) computed {array.dtype} where {tensor.dtype} is due")
+        if array.dtype != dtypes.get(name, array.dtype):
+            raise UnsupportedModel(f"node {node.name!r} ({node.op}) computed {array.dtype} where {dtypes[name]} is due")
         arrays.append(array)
     return arrays
 
 
-def _output_dtypes(model: Model) -> dict[str, np.dtype[Any]]:
+def _refuse_overflow(node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> None:
+    """Integer minimum by -1 is a trap of the CPU that takes the process down (ONNX Runtime 1.32)."""
+    a, b = inputs
+    if a is None or b is None or a.dtype.kind != "i" or not a.size:
+        return
+    if a.min() == np.iinfo(a.dtype).min and (b == -1).any():
+        raise UnsupportedModel(f"node {node.name!r} (Div) divides the smallest {a.dtype} by -1, which overflows")
+
+
+def _single(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> bytes:
+    """A model of `node` alone: equal for nodes that compute the same on operands of the same dtypes and shapes."""
+    graph = Graph(name="node")
+    operands = [
+        Variable("") if value is None else Variable(f"i{index}", value.dtype, tuple(value.shape))
+        for index, value in enumerate(inputs)
+    ]
+    results = [Variable(f"o{index}" if t.name else "") for index, t in enumerate(node.outputs)]
+    copy = Node(node.op, "node", dict(node.attrs), operands, results, node.domain or "")
+    copy.attr_types = dict(getattr(node, "attr_types", {}))
+    graph.nodes.append(copy)
+    graph.inputs = [t for t in operands if t.name]
+    graph.outputs = [t for t in results if t.name]
+    carried = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.carried.opset_import)
+    return saves(Model(graph, carried))
+
+
+@functools.lru_cache(maxsize=128)
+def _prepared(data: bytes) -> tuple[Evaluator, dict[str, np.dtype[Any]]]:
+    """An evaluator of a one-node model, and the dtypes that its outputs must have, as far as onnx can tell."""
     try:
-        inferred = onnx.shape_inference.infer_shapes(model.to_proto(), data_prop=False)
+        inferred = onnx.shape_inference.infer_shapes(data)
     except (onnx.shape_inference.InferenceError, RuntimeError):
-        return {}
-    types = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
-    return {name: numpy_dtype(kind) for name, kind in types.items() if kind}
+        return Evaluator(data), {}
+    kinds = {info.name: info.type.tensor_type.elem_type for info in inferred.graph.output}
+    dtypes = {name: numpy_dtype(kind) for name, kind in kinds.items() if kind}
+    fed = [numpy_dtype(info.type.tensor_type.elem_type) for info in inferred.graph.input]
+    # ONNX Runtime's Python interface takes and gives no bfloat16, float8 or 4-bit arrays.
+    foreign = any(dtype.kind == "V" for dtype in [*fed, *dtypes.values()])
+    return Evaluator(inferred.SerializeToString(), "reference" if foreign else "onnxruntime"), dtypes

@@ -16,7 +16,6 @@ Format reference: https://github.com/onnx/onnx/blob/main/docs/IR.md
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -45,8 +44,8 @@ from graphopt.elements import (
     walk,
 )
 from graphopt.errors import InvalidModel, UnsupportedModel
-from graphopt.reading import Reader, domain_of
-from graphopt.wire import MAP_ABOVE, WireError, replacing, scan
+from graphopt.reading import Reader, domain_of, nodes_of
+from graphopt.wire import MAP_ABOVE, WireError, map_file, pieces, replacing, scan
 from graphopt.writing import Writer, is_sparse, raw_bytes, referenced, serialize, write_external, write_inline
 
 EXTERNAL_ABOVE: Final = (
@@ -129,8 +128,13 @@ class Model:
         return list(seen.values())
 
     def is_fixed(self, tensor: gs.Tensor) -> bool:
-        """Whether `tensor` is a constant that no caller can override (an initializer that is no graph input)."""
-        return isinstance(tensor, gs.Constant) and not any(tensor is t for t in self.graph.inputs)
+        """Whether `tensor` is a constant that no caller can override: an initializer that is no graph input.
+
+        In IR 3 every initializer has to be one and is a constant none the less, see `modernize`.
+        """
+        if not isinstance(tensor, gs.Constant):
+            return False
+        return self.ir_version < 4 or not any(tensor is t for g in self.graphs() for t in g.inputs)
 
     def modernize(self) -> None:
         """Raise the IR version to 4 at least, since below it every initializer has to be a graph input.
@@ -139,6 +143,8 @@ class Model:
         is a graph input is a default that callers may override, and is left alone.
         """
         if self.ir_version < 4:
+            for constant in self.graph.initializers:
+                constant.carried = None
             self.graph.inputs = [t for t in self.graph.inputs if not isinstance(t, gs.Constant)]
             self.carried.ir_version = 4
 
@@ -161,16 +167,26 @@ class Model:
         return Writer(self, embed).write()
 
     def text(self) -> str:
-        """ONNX's own text form (`parse` reads it back)."""
-        return str(onnx.printer.to_text(self.to_proto()))
+        """ONNX's own text form (`parse` reads it back).
+
+        Raises:
+            UnsupportedModel: onnx cannot print the model.
+        """
+        try:
+            return str(onnx.printer.to_text(self.to_proto()))
+        except (UnicodeDecodeError, ValueError, RuntimeError) as error:
+            raise UnsupportedModel(
+                f"onnx cannot print this model ({str(error)[:200]}); save it as .onnx instead"
+            ) from None
 
     def fingerprint(self) -> str:
-        """sha256 of what `save` would write in one file: equal models have equal fingerprints, across processes."""
-        digest = hashlib.sha256(self.to_proto(lambda c: c.nbytes <= MAP_ABOVE).SerializeToString(deterministic=True))
-        for constant in self.constants():
-            if constant.nbytes > MAP_ABOVE:
-                digest.update(constant.name.encode())
-                digest.update(raw_bytes(constant))
+        """sha256 of all that `save` keeps: the same across processes, and wherever the weights lie (in which field or file)."""
+        writer = Writer(self, lambda constant: False)
+        digest = hashlib.sha256(serialize(writer.write()))
+        for constant, _ in writer.left_out:
+            digest.update(constant.nbytes.to_bytes(8, "little"))
+            for piece in pieces(raw_bytes(constant)):
+                digest.update(piece)
         return digest.hexdigest()
 
     @property
@@ -218,6 +234,7 @@ def _clone_graph(graph: Graph, copies: dict[int, Any]) -> Graph:
         copy.attrs = {name: attribute(value) for name, value in node.attrs.items()}
         copy.carried = getattr(node, "carried", None)
         copy.attr_types = dict(getattr(node, "attr_types", {}))
+        copy.attr_docs = dict(getattr(node, "attr_docs", {}))
         copy.origin = getattr(node, "origin", ())
         new_graph.nodes.append(copy)
     new_graph.outputs = [tensor(t) for t in graph.outputs]
@@ -234,37 +251,39 @@ def load(path: str | os.PathLike[str]) -> Model:
         UnsupportedModel: uses what graphopt cannot carry.
     """
     source = Path(path)
-    if source.is_dir():
-        raise InvalidModel(f"{str(source)!r} is a folder; name the .onnx file in it")
     try:
-        size = source.stat().st_size
-        if size == 0:
+        if source.is_dir():
+            raise InvalidModel(f"{str(source)!r} is a folder; name the .onnx file in it")
+        if source.stat().st_size == 0:
             raise InvalidModel(f"{str(source)!r} is empty (0 bytes); export or copy the model again")
         if source.suffix == ".onnxtxt":
-            return parse(source.read_text(), source)
-        with source.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return parse(source.read_text(encoding="utf-8"), source)
+        data = map_file(source)
     except UnicodeDecodeError:
         raise InvalidModel(f"{str(source)!r} is not text; a protobuf model is named .onnx") from None
-    except OSError as error:
-        raise InvalidModel(f"cannot read {str(source)!r}: {error.strerror}; check the path") from None
-    return _read(memoryview(data), str(source), source)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidModel(f"cannot read {str(source)!r}: {reason}; check the path") from None
+    return _read(data, repr(str(source)), source)
 
 
 def loads(data: bytes, name: str = "<bytes>") -> Model:
     """Read a model from the bytes of an ``.onnx`` file; raises as `load` does. External data is looked for nowhere."""
     if not data:
-        raise InvalidModel(f"{name} is empty (0 bytes)")
+        raise InvalidModel(f"{name} is empty (0 bytes); export or copy the model again")
     return _read(memoryview(data), name, None)
 
 
-def _read(view: memoryview, name: str, source: Path | None) -> Model:
+def _read(view: memoryview, where: str, source: Path | None) -> Model:
     try:
         slim, raws = scan(view)
         proto = onnx.ModelProto.FromString(slim)
-    except (DecodeError, WireError):
-        raise InvalidModel(f"{name!r} is not an ONNX model, or is truncated ({len(view)} bytes)") from None
-    return from_proto(proto, source, raws)
+    except (DecodeError, WireError) as error:
+        reason = "it nests bodies deeper than protobuf admits" if "MaxDepth" in str(error) else "not one, or truncated"
+        raise InvalidModel(
+            f"{where} cannot be read as an ONNX model ({reason}; {len(view)} bytes): copy or export it again"
+        ) from None
+    return _build(proto, source, raws, where)
 
 
 def parse(text: str, source: Path | None = None) -> Model:
@@ -273,41 +292,56 @@ def parse(text: str, source: Path | None = None) -> Model:
     Raises:
         InvalidModel: the text does not parse; the message holds line and column.
     """
+    where = repr(str(source)) if source else "the text"
     try:
-        if text.lstrip().startswith("<"):
-            return from_proto(onnx.parser.parse_model(text), source)
+        if _COMMENT.sub("", text).lstrip().startswith("<"):
+            return _build(onnx.parser.parse_model(text), source, {}, where)
         graph = onnx.parser.parse_graph(text)
-    except onnx.parser.ParseError as error:
+    except (onnx.parser.ParseError, ValueError, IndexError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        raise InvalidModel(f"{source or 'text'} does not parse: {' | '.join(lines)[:500]}") from None
-    domains = {domain_of(n.domain) for n in graph.node} | {""}
+        raise InvalidModel(f"{where} does not parse: {' | '.join(lines)[:500]}") from None
+    domains = {domain_of(n.domain) for n in nodes_of(graph.node)} | {""}
     imports = [onnx.helper.make_opsetid(d, 1 if d else _TEXT_OPSET) for d in sorted(domains)]
     proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_TEXT_IR_VERSION)
-    return from_proto(proto, source)
+    return _build(proto, source, {}, where)
 
 
-def from_proto(proto: onnx.ModelProto, source: Path | None = None, raws: dict[int, Buffer] | None = None) -> Model:
-    """Build a `Model` from a ModelProto; `raws` holds, by index, the raw_data of root initializers left out of it.
+def from_proto(proto: onnx.ModelProto, source: Path | None = None) -> Model:
+    """Build a `Model` from a ModelProto, which must not be changed any more; `source` is the file whose external data it uses.
 
     Raises:
         InvalidModel: a rule of the format is broken.
         UnsupportedModel: an opset or an IR version newer than onnx knows, or an IR version before 3.
     """
-    where = str(source) if source else "the model"
+    return _build(proto, source, {}, repr(str(source)) if source else "the model")
+
+
+def _build(proto: onnx.ModelProto, source: Path | None, raws: dict[int, Buffer], where: str) -> Model:
+    """`raws` holds, by index, the raw_data of root initializers that were left out of `proto`."""
     if not proto.HasField("graph") or not proto.opset_import:
-        raise InvalidModel(f"{where!r} holds no graph or no opset import: not an ONNX model, or truncated")
+        raise InvalidModel(
+            f"{where} holds no graph or no opset import: not an ONNX model, or truncated; export it again"
+        )
     newest = onnx.defs.onnx_opset_version()
+    versions: dict[str, int] = {}
     for entry in proto.opset_import:
-        if domain_of(entry.domain) == "" and not 1 <= entry.version <= newest:
+        domain = domain_of(entry.domain)
+        if versions.setdefault(domain, entry.version) != entry.version:
+            raise InvalidModel(f"{where} imports domain {domain or 'ai.onnx'!r} at two versions; keep one")
+        if domain == "" and not 1 <= entry.version <= newest:
             raise UnsupportedModel(
-                f"{where!r} uses opset {entry.version}; onnx {onnx.__version__} knows 1 to {newest}: upgrade onnx, "
+                f"{where} uses opset {entry.version}; onnx {onnx.__version__} knows 1 to {newest}: upgrade onnx, "
                 "or convert the model with onnx.version_converter"
             )
     if not 3 <= proto.ir_version <= onnx.IR_VERSION:
+        advice = "upgrade onnx" if proto.ir_version > onnx.IR_VERSION else "export the model again"
         raise UnsupportedModel(
-            f"{where!r} has IR version {proto.ir_version}; graphopt reads 3 to {onnx.IR_VERSION}: upgrade onnx"
+            f"{where} has IR version {proto.ir_version}; graphopt reads 3 to {onnx.IR_VERSION}: {advice}"
         )
-    graph, carried = Reader(proto, source, raws or {}).read()
+    try:
+        graph, carried = Reader(proto, source, raws).read()
+    except (InvalidModel, UnsupportedModel) as error:
+        raise type(error)(f"{where}: {error}") from None
     return Model(graph, carried, source)
 
 
@@ -317,7 +351,7 @@ def save(model: Model, path: str | os.PathLike[str], external: bool | None = Non
     Args:
         model: what to write.
         path: where; written beside and renamed, so that a failure leaves no partial file.
-        external: weights into ``NAME.onnx.data`` beside the model; None: when they exceed 1.5 GB.
+        external: weights above 1 KiB into ``NAME.onnx.data`` beside the model; None: when they exceed 1.5 GB.
 
     Raises:
         OutputError: the place cannot be written or the disk is full.
@@ -331,7 +365,7 @@ def save(model: Model, path: str | os.PathLike[str], external: bool | None = Non
     large = [c for c in model.constants() if c.nbytes > MAP_ABOVE and not is_sparse(c) and c.dtype != object]
     if external is None:
         external = sum(c.nbytes for c in large) > EXTERNAL_ABOVE
-    if not external:
+    if not external or not large:
         with replacing(target) as file:
             write_inline(model, large, file)
         return [target]
@@ -348,6 +382,7 @@ def saves(model: Model) -> bytes:
 
 
 _SAFE = re.compile(r"[^\w./:-]+")
+_COMMENT = re.compile(r"^\s*#.*$", re.MULTILINE)
 
 
 def fresh_names(model: Model) -> Callable[[str], str]:
@@ -358,12 +393,15 @@ def fresh_names(model: Model) -> Callable[[str], str]:
         taken.update(t.name for t in node.inputs)
         taken.update(t.name for t in node.outputs)
 
+    last: dict[str, int] = {}
+
     def fresh(wish: str) -> str:
         base = _SAFE.sub("_", wish) or "value"
-        name, number = base, 0
+        name, number = base, last.get(base, 0)
         while name in taken:
             number += 1
             name = f"{base}_{number}"
+        last[base] = number
         taken.add(name)
         return name
 

@@ -7,13 +7,16 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.ir import Model
 from graphopt.target import Target
+
+
+Analysis = TypeVar("Analysis")
 
 
 class Exactness(enum.Enum):
@@ -57,6 +60,18 @@ class Context:
         default_factory=dict
     )  # what passes used of a budget that holds for the whole pipeline
     running: str = ""  # name of the pass that runs
+    analyses: dict[type, Any] = field(default_factory=dict)  # of the model as it is; the driver drops them on a change
+
+    def analysis(self, kind: Callable[[Model], Analysis], model: Model) -> Analysis:
+        """The analysis `kind` of `model`, computed at most once until a pass changes the model.
+
+        A pass that asks for one after its own first change gets the facts of before that change.
+        """
+        key: Any = kind
+        if key not in self.analyses:
+            self.analyses[key] = kind(model)
+        found: Analysis = self.analyses[key]
+        return found
 
     def remark(self, node: gs.Node | gs.Tensor | None, text: str) -> None:
         """Tell the user why `node` was left alone."""

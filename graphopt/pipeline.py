@@ -215,6 +215,7 @@ class _Run:
                     f"{name} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
                 )
             if rewrites:
+                self.ctx.analyses.clear()
                 cleanup(self.model)
             else:
                 self.signature = before

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +21,7 @@ MAP_ABOVE: Final = 1024  # bytes of raw_data from which an initializer stays in 
 MODEL_GRAPH: Final = 7  # field numbers of onnx.proto
 GRAPH_INITIALIZER: Final = 5
 TENSOR_RAW_DATA: Final = 9
+_PIECE: Final = 1 << 24
 
 
 class WireError(ValueError):
@@ -39,8 +40,13 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
     raise WireError("varint runs over the end")
 
 
+def _tag(field: int) -> int:
+    """How a field that holds bytes or a message starts: its number and wire type 2."""
+    return field << 3 | 2
+
+
 def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """Field number, start of the field, start and end of its payload (protobuf encoding, https://protobuf.dev)."""
+    """Tag (number and wire type), start of the field, start and end of its payload."""
     at = 0
     while at < len(view):
         start = at
@@ -60,34 +66,48 @@ def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int]]:
                 raise WireError(f"wire type {key & 7}")
         if at > len(view) or key >> 3 == 0:
             raise WireError("field runs over the end")
-        yield key >> 3, start, begin, at
+        yield key, start, begin, at
 
 
 def scan(view: memoryview) -> tuple[bytes, dict[int, Buffer]]:
-    """Split a serialized model into its bytes without the large raw_data of root initializers, and views of those."""
+    """Split a serialized model into its bytes without the large raw_data of root initializers, and views of those by index.
+
+    Raises:
+        WireError: the bytes are no protobuf message.
+    """
     raws: dict[int, Buffer] = {}
     model: list[Buffer] = []
-    for number, start, begin, end in _fields(view):
-        if number != MODEL_GRAPH:
+    index = 0
+    for tag, start, begin, end in _fields(view):
+        if tag != _tag(MODEL_GRAPH):
             model.append(view[start:end])
             continue
-        graph, index, body = view[begin:end], 0, list[Buffer]()
+        graph, body = view[begin:end], list[Buffer]()
         for field, field_start, field_begin, field_end in _fields(graph):
             piece: Buffer = graph[field_start:field_end]
-            if field == GRAPH_INITIALIZER:
+            if field == _tag(GRAPH_INITIALIZER):
                 if field_end - field_begin > MAP_ABOVE:
-                    tensor = graph[field_begin:field_end]
-                    kept = list[Buffer]()
-                    for part, part_start, part_begin, part_end in _fields(tensor):
-                        if part == TENSOR_RAW_DATA and part_end - part_begin > MAP_ABOVE:
-                            raws[index] = tensor[part_begin:part_end]
-                        else:
-                            kept.append(tensor[part_start:part_end])
-                    piece = _message(GRAPH_INITIALIZER, b"".join(kept))
+                    slim, raw = _split(graph[field_begin:field_end])
+                    if raw is not None:
+                        piece, raws[index] = _message(GRAPH_INITIALIZER, slim), raw
                 index += 1
             body.append(piece)
         model.append(_message(MODEL_GRAPH, b"".join(body)))
     return b"".join(model), raws
+
+
+def _split(tensor: memoryview) -> tuple[bytes, memoryview | None]:
+    """A serialized TensorProto without its raw_data, and that, when it is large."""
+    raw: memoryview | None = None
+    kept: list[Buffer] = []
+    for tag, start, begin, end in _fields(tensor):
+        if tag == _tag(TENSOR_RAW_DATA):
+            raw = tensor[begin:end]  # of a field that comes twice the last counts
+        else:
+            kept.append(tensor[start:end])
+    if raw is None or len(raw) <= MAP_ABOVE:
+        return bytes(tensor), None
+    return b"".join(kept), raw
 
 
 def encode_varint(value: int) -> bytes:
@@ -101,36 +121,59 @@ def encode_varint(value: int) -> bytes:
 
 
 def _message(number: int, payload: Buffer) -> bytes:
-    return b"".join((encode_varint(number << 3 | 2), encode_varint(len(payload)), payload))
+    return b"".join((encode_varint(_tag(number)), encode_varint(len(payload)), payload))
 
 
-def map_beside(model: Path, location: str, tensor: str) -> memoryview:
-    """Map the external data file `location` of `model`, for an initializer named `tensor`.
+def pieces(buffer: Buffer) -> Iterator[Buffer]:
+    """`buffer` in parts of 16 MiB; a mapped file's pages are given back after each, so that a sweep holds one part only."""
+    view = memoryview(buffer)
+    for start in range(0, len(view), _PIECE):
+        yield view[start : start + _PIECE]
+        if isinstance(view.obj, MappedFile) and hasattr(mmap, "MADV_DONTNEED"):
+            view.obj.madvise(mmap.MADV_DONTNEED)
+
+
+class MappedFile(mmap.mmap):
+    """A file mapped for reading."""
+
+
+def map_file(path: Path) -> memoryview:
+    """The bytes of a file, read when they are looked at.
 
     Raises:
-        InvalidModel: it is missing, or lies outside the model's folder (or, where the model is a link, its target's).
+        OSError: as `open` does.
     """
-    folders = {model.parent.resolve(), model.resolve().parent}
-    path = model.parent / location
-    resolved = path.resolve()
-    if (
-        not location
-        or Path(location).is_absolute()
-        or "://" in location
-        or not any(resolved.is_relative_to(f) for f in folders)
-    ):
-        raise InvalidModel(
-            f"initializer {tensor!r} points at {location!r}, outside the model's folder; refused: put the file beside the model"
-        )
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def map_beside(model: Path, location: str, what: str) -> memoryview:
+    """Map the external data file `location` of `model`; `what` wants it, for messages.
+
+    Where the model is a link, as in the Hugging Face cache, its data may lie beside the link, beside its target, or be a link
+    from the one to the other.
+
+    Raises:
+        InvalidModel: it is missing, or lies outside these folders.
+    """
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError) as error:
+        folders = [model.parent.resolve(), model.resolve().parent]
+        paths = [folder / location for folder in folders]
+        path = next((p for p in paths if p.exists()), paths[0])
+        inside = any(path.resolve().is_relative_to(f) for f in folders)
+        if not location or Path(location).is_absolute() or "://" in location or not inside:
+            raise InvalidModel(
+                f"{what} points at {location!r}, outside the model's folder; refused: put the file beside the model"
+            )
+        if path.exists() and not path.is_file():
+            raise InvalidModel(f"{what}: external data {location!r} is no regular file; put the file beside the model")
+        return map_file(path)
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
         reason = getattr(error, "strerror", None) or error
         raise InvalidModel(
-            f"initializer {tensor!r}: external data {location!r} cannot be read ({reason}); it belongs beside {str(model)!r}"
+            f"{what}: external data {location!r} cannot be read ({reason}); it belongs beside the model"
         ) from None
 
 
@@ -138,30 +181,38 @@ def map_beside(model: Path, location: str, tensor: str) -> memoryview:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block ends well, and vanishes when it does not.
 
+    Whoever has the old file mapped keeps it. Devices and pipes (``/dev/stdout``) are written directly.
+
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full.
     """
-    if path.is_dir():
-        raise OutputError(f"cannot write {str(path)!r}: it is a folder")
     temporary = None
+    if "\0" in str(path):
+        raise OutputError(f"cannot write {str(path)!r}: a path holds no NUL; name another file")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        if path.is_dir():
+            raise OutputError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            with path.open("wb") as file:
+                yield file
+            return
+        beside = path.with_name(f".graphopt-{secrets.token_hex(8)}")
+        with beside.open("xb") as file:
+            temporary = beside
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+            settle(file)
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the folder and its permissions"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space" if full else "check the folder and its permissions"
         raise OutputError(f"cannot write {str(path)!r}: {error.strerror or error}; {advice}") from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def settle(file: IO[bytes]) -> None:
+    """Bring what was written to the disk, so that a full one is noticed now."""
+    file.flush()
+    os.fsync(file.fileno())

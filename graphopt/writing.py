@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from graphopt.elements import (
     Buffer,
     Constant,
     Graph,
+    Shape,
     SparseStoredValues,
     StoredValues,
     onnx_dtype,
@@ -26,10 +27,23 @@ from graphopt.elements import (
 )
 from graphopt.errors import UnsupportedModel
 from graphopt.reading import shape_of, without
-from graphopt.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, encode_varint, replacing
+from graphopt.wire import GRAPH_INITIALIZER, MODEL_GRAPH, TENSOR_RAW_DATA, encode_varint, pieces, replacing, settle
 
 if TYPE_CHECKING:
     from graphopt.ir import Model
+
+PAGE: Final = 4096
+_VALUES: Final = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "string_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+    "external_data",
+    "data_location",
+)
 
 
 def referenced(graph: Graph) -> Iterator[gs.Tensor]:
@@ -40,24 +54,26 @@ def referenced(graph: Graph) -> Iterator[gs.Tensor]:
 
 
 class Writer:
-    """Writes one Model as a ModelProto; use once."""
+    """Writes one Model as a ModelProto; use once.
+
+    Attributes:
+        left_out: the constants written without values, as `embed` asked, and their protos.
+    """
 
     def __init__(self, model: Model, embed: Callable[[Constant], bool]) -> None:
         self.source = model
         self.embed = embed
-        declared = {id(c) for g in model.graphs() for c in g.initializers}
-        # A constant made by a pass has no home yet: the root graph is visible from everywhere.
-        self.homeless: dict[int, Constant] = {}
-        for graph in model.graphs():
-            for tensor in referenced(graph):
-                if isinstance(tensor, gs.Constant) and id(tensor) not in declared:
-                    self.homeless.setdefault(id(tensor), tensor)
+        self.left_out: list[tuple[Constant, onnx.TensorProto]] = []
 
     def write(self) -> onnx.ModelProto:
-        """The whole model."""
+        """The whole model.
+
+        Raises:
+            UnsupportedModel: an element type or attribute that ONNX cannot express.
+        """
         proto = onnx.ModelProto()
         proto.CopyFrom(self.source.carried)
-        self._graph(self.source.graph, proto.graph, list(self.homeless.values()))
+        self._graph(self.source.graph, proto.graph, homeless(self.source))
         for function in self.source.functions:
             proto.functions.append(function.carried)
         return proto
@@ -65,17 +81,22 @@ class Writer:
     def _graph(self, graph: Graph, proto: onnx.GraphProto, extra: list[Constant]) -> None:
         proto.CopyFrom(getattr(graph, "carried", None) or onnx.GraphProto())
         _set(proto, "name", graph.name or "")
+        if proto.value_info:  # carried: of names that no tensor had when the file was read
+            made = {t.name for node in graph.nodes for t in node.outputs}
+            del proto.value_info[:]
+            proto.value_info.extend(info for info in graph.carried.value_info if info.name not in made)
+        border = {id(t) for t in [*graph.inputs, *graph.outputs]}
         for constant in [*getattr(graph, "initializers", ()), *extra]:
             if isinstance(constant._values, SparseStoredValues):
                 proto.sparse_initializer.add().CopyFrom(constant._values.sparse)
+                _set(proto.sparse_initializer[-1].values, "name", constant.name)
             else:
                 self._tensor(constant, proto.initializer.add())
-        border: set[int] = set()
+            if getattr(constant, "carried", None) is not None and id(constant) not in border:
+                self._value_info(constant, proto.value_info.add())
         for tensor in graph.inputs:
-            border.add(id(tensor))
             self._value_info(tensor, proto.input.add())
         for tensor in graph.outputs:
-            border.add(id(tensor))
             self._value_info(tensor, proto.output.add())
         for node in graph.nodes:
             self._node(node, proto.node.add())
@@ -91,9 +112,12 @@ class Writer:
             _set(proto, field, value)
         proto.input.extend(t.name for t in node.inputs)
         proto.output.extend(t.name for t in node.outputs)
-        types = getattr(node, "attr_types", {})
+        types, docs = getattr(node, "attr_types", {}), getattr(node, "attr_docs", {})
         for name, value in node.attrs.items():
-            self._attribute(node, name, value, types.get(name), proto.attribute.add())
+            attribute = proto.attribute.add()
+            self._attribute(node, name, value, types.get(name), attribute)
+            if name in docs:
+                attribute.MergeFrom(onnx.AttributeProto(doc_string=docs[name]))
 
     def _attribute(self, node: gs.Node, name: str, value: Any, kind: int | None, proto: onnx.AttributeProto) -> None:
         if isinstance(value, onnx.AttributeProto):
@@ -126,25 +150,20 @@ class Writer:
 
     def _tensor(self, constant: gs.Constant, proto: onnx.TensorProto, inline: bool = False) -> None:
         values = constant._values
+        inline = inline or self.embed(constant)
         if isinstance(values, StoredValues):
-            for_copy = (
-                without(values.tensor, "raw_data", "external_data", "data_location")
-                if values.raw is not None
-                else values.tensor
-            )
-            proto.CopyFrom(for_copy)
-        elif not inline and not self.embed(constant):
+            proto.CopyFrom(values.tensor if inline and values.raw is None else without(values.tensor, *_VALUES))
+            if inline and values.raw is not None:
+                proto.raw_data = bytes(values.raw)
+        elif inline:
+            proto.CopyFrom(_tensor_proto(values))
+        else:
             proto.dims.extend(values.shape)
             proto.data_type = onnx_dtype(values.dtype)
-        else:
-            proto.CopyFrom(_tensor_proto(values))
         _set(proto, "name", constant.name or "")
-        if not inline and not self.embed(constant):
-            for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-                proto.ClearField(field)
+        if not inline:
             proto.data_location = onnx.TensorProto.EXTERNAL
-        elif isinstance(values, StoredValues) and values.raw is not None:
-            proto.raw_data = bytes(values.raw)
+            self.left_out.append((constant, proto))
 
     def _value_info(self, tensor: gs.Tensor, proto: onnx.ValueInfoProto) -> None:
         carried = getattr(tensor, "carried", None)
@@ -153,33 +172,40 @@ class Writer:
         _set(proto, "name", tensor.name or "")
         if (getattr(tensor, "type", None) or "tensor_type") != "tensor_type":
             return
-        described = proto.type.tensor_type
-        if tensor.dtype is not None and described.elem_type != onnx_dtype(tensor.dtype):
-            described.elem_type = onnx_dtype(tensor.dtype)
-        shape = None if tensor.shape is None else tuple(tensor.shape)
-        if shape is None:
-            described.ClearField("shape")
-        elif not described.HasField("shape") or shape_of(described.shape) != shape:
-            old = onnx.TensorShapeProto()
-            old.CopyFrom(described.shape)
-            described.shape.Clear()
-            described.shape.SetInParent()
-            for axis, dim in enumerate(shape):
-                new = described.shape.dim.add()
-                if len(old.dim) == len(shape):
-                    new.denotation = old.dim[axis].denotation
-                if isinstance(dim, str):
-                    new.dim_param = dim
-                elif dim is not None:
-                    new.dim_value = int(dim)
-        if not described.ListFields():
-            proto.ClearField("type")
+        known = proto.type.tensor_type
+        kind = 0 if tensor.dtype is None else onnx_dtype(tensor.dtype)
+        if kind:
+            _set(proto.type.tensor_type, "elem_type", kind)
+        elif known.elem_type:
+            known.ClearField("elem_type")
+        if isinstance(tensor, gs.Constant) and known.HasField("shape"):
+            return  # the default of an input may be one of the shapes that the input admits
+        if tensor.shape is None:
+            if known.HasField("shape"):
+                known.ClearField("shape")
+        elif not known.HasField("shape") or shape_of(known.shape) != tuple(tensor.shape):
+            _write_shape(tuple(tensor.shape), proto.type.tensor_type.shape)
 
 
-def _set(proto: Any, field: str, value: str) -> None:
-    """Set a string field only where it differs: proto2 tells an empty string from an absent one, and we keep what was read."""
+def _set(proto: Any, field: str, value: str | int) -> None:
+    """Set a field only where it differs: proto2 tells an empty string from an absent one, and we keep what was read."""
     if getattr(proto, field) != value:
         setattr(proto, field, value)
+
+
+def _write_shape(shape: Shape, proto: onnx.TensorShapeProto) -> None:
+    """Put `shape` in place of the one in `proto`, whose denotations stay where the rank does."""
+    denotations = [d.denotation for d in proto.dim]
+    proto.ClearField("dim")
+    proto.SetInParent()  # rank 0 is a shape, too
+    for axis, dim in enumerate(shape):
+        new = proto.dim.add()
+        if isinstance(dim, str):
+            new.dim_param = dim
+        elif dim is not None:
+            new.dim_value = int(dim)
+        if len(denotations) == len(shape) and denotations[axis]:
+            new.denotation = denotations[axis]
 
 
 def _has_info(tensor: gs.Tensor) -> bool:
@@ -187,6 +213,17 @@ def _has_info(tensor: gs.Tensor) -> bool:
     return (
         tensor.dtype is not None or tensor.shape is not None or (carried is not None and len(carried.ListFields()) > 1)
     )
+
+
+def homeless(model: Model) -> list[Constant]:
+    """Constants that passes made and no graph declares; they are written into the root graph, visible from everywhere."""
+    declared = {id(c) for g in model.graphs() for c in g.initializers}
+    found: dict[int, Constant] = {}
+    for graph in model.graphs():
+        for tensor in referenced(graph):
+            if isinstance(tensor, gs.Constant) and id(tensor) not in declared:
+                found.setdefault(id(tensor), tensor)
+    return list(found.values())
 
 
 def _attribute_type(node: gs.Node, name: str, value: Any, kind: int | None) -> int:
@@ -249,16 +286,8 @@ def is_sparse(constant: Constant) -> bool:
     return isinstance(constant._values, SparseStoredValues)
 
 
-def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in [attribute.g, *attribute.graphs]:
-                yield from _initializers(body)
-
-
-def serialize(proto: onnx.ModelProto) -> bytes:
-    """The bytes of a ModelProto, the same for equal protos.
+def serialize(proto: Any) -> bytes:
+    """The bytes of a message, the same for equal messages.
 
     Raises:
         UnsupportedModel: more than protobuf's 2 GiB.
@@ -270,18 +299,23 @@ def serialize(proto: onnx.ModelProto) -> bytes:
 
 
 def write_inline(model: Model, large: list[Constant], file: IO[bytes]) -> None:
-    """Write one file, streaming the large root initializers: their bytes pass from map to file and are held nowhere."""
+    """Write one file, streaming the `large` root initializers: their bytes pass from map to file and are held nowhere.
+
+    Raises:
+        UnsupportedModel: more than protobuf's 2 GiB.
+    """
     nested = {id(c) for g in list(model.graphs())[1:] for c in g.initializers}
-    streamed = {c.name: c for c in large if id(c) not in nested}
-    proto = model.to_proto(lambda c: c.name not in streamed or streamed[c.name] is not c)
+    streamed = {id(c) for c in large if id(c) not in nested}
+    writer = Writer(model, lambda c: id(c) not in streamed)
+    proto = writer.write()
+    left_out = iter([constant for constant, _ in writer.left_out])
     heads: list[tuple[bytes, Constant | None]] = []
     for tensor in proto.graph.initializer:
-        constant = streamed.get(tensor.name)
-        if constant is not None:
-            tensor.ClearField("data_location")
-        heads.append((tensor.SerializeToString(deterministic=True), constant))
+        constant = next(left_out) if tensor.data_location == onnx.TensorProto.EXTERNAL else None
+        tensor.ClearField("data_location")
+        heads.append((serialize(tensor), constant))
     proto.graph.ClearField("initializer")
-    graph = proto.graph.SerializeToString(deterministic=True)
+    graph = serialize(proto.graph)
     proto.ClearField("graph")
 
     frames: list[tuple[bytes, Constant | None]] = []
@@ -300,25 +334,31 @@ def write_inline(model: Model, large: list[Constant], file: IO[bytes]) -> None:
     for frame, constant in frames:
         file.write(frame)
         if constant is not None:
-            file.write(raw_bytes(constant))
+            file.writelines(pieces(raw_bytes(constant)))
 
 
 def write_external(model: Model, large: list[Constant], target: Path) -> Path:
-    """Write the model and, page by page, its large constants into ``NAME.onnx.data`` beside it; returns that path."""
+    """Write the model and, page by page, its `large` constants into ``NAME.onnx.data`` beside it; returns that path.
+
+    Raises:
+        OutputError: as `replacing`; neither file is touched then.
+        UnsupportedModel: the model does not fit protobuf's 2 GiB without its weights.
+    """
     data = target.with_name(target.name + ".data")
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[int, tuple[int, int]] = {}
+    moved = {id(c) for c in large}
     with replacing(target) as model_file, replacing(data) as data_file:
         for constant in large:
-            offset = -(-data_file.tell() // 4096) * 4096  # whole pages, so that runtimes can map each tensor
-            data_file.truncate(offset)
+            offset = -(-data_file.tell() // PAGE) * PAGE  # whole pages, so that runtimes can map each tensor
             data_file.seek(offset)
-            places[constant.name] = (offset, data_file.write(raw_bytes(constant)))
-        moved = {id(c) for c in large}
-        proto = model.to_proto(lambda c: id(c) not in moved)
-        for tensor in _initializers(proto.graph):
-            if tensor.name in places and tensor.data_location == onnx.TensorProto.EXTERNAL:
-                offset, length = places[tensor.name]
-                for key, value in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
-                    tensor.external_data.add(key=key, value=value)
+            data_file.writelines(pieces(raw_bytes(constant)))
+            places[id(constant)] = (offset, constant.nbytes)
+        writer = Writer(model, lambda c: id(c) not in moved)
+        proto = writer.write()
+        for constant, tensor in writer.left_out:
+            offset, length = places[id(constant)]
+            for key, value in (("location", data.name), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=value)
         model_file.write(serialize(proto))
+        settle(model_file)  # before either file takes its place: a model never meets the data of another
     return data

@@ -9,6 +9,8 @@ node, until it fits. Values are computed only once it is known that they are not
 from __future__ import annotations
 
 import heapq
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -17,8 +19,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.edit import Editor, sort
+from graphopt.elements import stored_bytes
 from graphopt.errors import GraphoptError
-from graphopt.ir import Constant, Graph, Model, Node, Variable, subgraphs
+from graphopt.ir import Constant, Graph, Model, Node, Variable, numpy_dtype, subgraphs
 from graphopt.pass_base import Context, Pass
 
 Array = np.ndarray[Any, Any]
@@ -28,7 +31,7 @@ _RANDOM: Final = frozenset(
 )
 # Folding these away would turn a quantized weight back into a float one and take the marks that runtimes look for.
 _QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
-_UNKNOWN_SIZE: Final = 1 << 24  # bytes assumed computable when shape inference cannot tell a size
+_SMALL: Final = 1 << 20  # bytes that are computed without asking for the size
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class _Folded:
     tensor: gs.Tensor
     node: Node
     array: Array
-    kept: int = 0  # remaining nodes that read it
 
 
 @dataclass
@@ -81,6 +83,8 @@ class _Plan:
     ctx: Context
     values: dict[int, _Folded] = field(default_factory=dict)  # id(tensor) -> its value
     folds: dict[int, Node] = field(default_factory=dict)  # id(node) -> node, in order
+    kept: dict[int, int] = field(default_factory=dict)  # id(value or initializer) -> readers that stay
+    size: dict[int, int] = field(default_factory=dict)  # id(value or initializer) -> bytes in the file
 
     # ------------------------------------------------------------------------------------------------- computing
 
@@ -128,13 +132,20 @@ class _Plan:
                 return "constant of a kind that is no tensor"
         else:
             operands = [self.operand(t) for t in node.inputs]
-            size = _output_bytes(self.model, node, operands)
             given = sum(a.nbytes for a in operands if a is not None)
             allowed = self.options.max_value
             if self.options.budget is not None:
                 allowed = min(allowed, given + self.options.budget)
-            if size > allowed:
-                return f"constant, but {size:,} bytes large; allow it with fold-constants{{budget=none}}"
+            size = _output_bytes(self.model, node, operands)
+            if size is None and self.options.budget is not None:
+                return "constant, but of unknown size; allow it with fold-constants{budget=none}"
+            if size is not None and size > allowed:
+                advice = (
+                    "allow it with fold-constants{budget=none}"
+                    if size <= self.options.max_value
+                    else "left to run time"
+                )
+                return f"constant, but {size:,} bytes large; {advice}"
             try:
                 arrays = self.ctx.evaluate(self.model, node, operands)
             except GraphoptError as error:
@@ -150,76 +161,77 @@ class _Plan:
 
     def apply(self) -> int:
         self.settle()
-        stored = [v for v in self.values.values() if id(v.node) in self.folds and v.kept]
+        stored = [v for key, v in self.values.items() if id(v.node) in self.folds and self.kept[key]]
+        # Initializers live in the root graph: a name that two bodies use, or a body and the root, cannot stay.
+        graphs = list(self.model.graphs())
+        names = Counter(t.name for g in graphs for t in [*g.inputs, *g.initializers])
+        names.update(t.name for g in graphs for n in g.nodes for t in n.outputs)
         for value in stored:
-            constant = Constant(value.tensor.name, value.array)
+            name = value.tensor.name
+            constant = Constant(name if names[name] == 1 else self.edit.fresh_name(name), value.array)
             for reader in list(value.tensor.outputs):
                 for index, tensor in enumerate(reader.inputs):
                     if tensor is value.tensor and id(reader) not in self.folds:
                         reader.inputs[index] = constant
-            value.tensor.name = self.edit.fresh_name(f"{constant.name}_folded")
         for node in self.folds.values():
             self.edit.erase(node)
         return len(self.folds)
 
     def settle(self) -> None:
-        """Un-fold the largest values until the balance of bytes keeps the budget."""
-        remaining: dict[int, int] = {}  # id(initializer) -> readers that stay
-        sources: dict[int, gs.Constant] = {}
-        for node in self.folds.values():
-            for tensor in node.inputs:
-                if self.edit.is_fixed(tensor) and id(tensor) not in sources:
-                    sources[id(tensor)] = tensor
-                    remaining[id(tensor)] = sum(id(r) not in self.folds for r in tensor.outputs)
-        for value in self.values.values():
-            value.kept = sum(id(r) not in self.folds for r in value.tensor.outputs)
+        """Un-fold the largest values until the balance of bytes keeps the budget, then fold again what fits after all."""
+        tensors = {id(t): t for n in self.folds.values() for t in n.inputs if self.edit.is_fixed(t)}
+        self.size = {key: _stored(t.nbytes, t) for key, t in tensors.items()}
+        self.size.update((key, _stored(v.array.nbytes, v.tensor)) for key, v in self.values.items())
+        tensors.update((key, v.tensor) for key, v in self.values.items())
+        for key, tensor in tensors.items():
+            staying = {id(reader) for reader in tensor.outputs} - self.folds.keys()
+            self.kept[key] = len(staying) + self.edit.is_output(tensor)
         if self.options.budget is None:
             return
         allowed = self.options.budget - self.ctx.spent.get("fold-constants", 0)  # one budget for a whole pipeline
-        freed = sum(
-            _stored(c.nbytes, c) for key, c in sources.items() if not remaining[key] and not self.edit.is_output(c)
-        )
-        # The data of a Constant node counts as freed like an initializer's.
-        freed += sum(sum(map(_bytes, self.outputs(n))) for n in self.folds.values() if n.op == "Constant")
-        growth = sum(_bytes(v) for v in self.values.values() if v.kept) - freed
-        order = {id(node): index for index, node in enumerate(self.folds.values())}
-        heap = [(-v.array.nbytes, order[id(v.node)], id(v.tensor)) for v in self.values.values() if v.kept]
+        growth = 0
+        for key, size in self.size.items():
+            value = self.values.get(key)
+            # A value is stored where somebody reads it; an initializer, or the data of a Constant node, goes where nobody does.
+            growth += size * bool(self.kept[key]) if value is not None else -size * (not self.kept[key])
+            growth -= size if value is not None and value.node.op == "Constant" else 0
+        order = {key: index for index, key in enumerate(self.folds)}
+        heap = [(-self.size[key], order[id(v.node)], key) for key, v in self.values.items() if self.kept[key]]
         heapq.heapify(heap)
+        unfolded: dict[int, Node] = {}  # by position
         while growth > allowed and heap:
-            _, _, key = heapq.heappop(heap)
-            node = self.values[key].node
+            node = self.values[heapq.heappop(heap)[2]].node
             if id(node) not in self.folds or node.op == "Constant":
                 continue
-            del self.folds[id(node)]
-            size = self.values[key].array.nbytes
-            self.ctx.remark(
-                node, f"constant, but storing it adds {size:,} bytes; allow it with fold-constants{{budget=none}}"
-            )
-            growth -= sum(_bytes(v) for v in self.outputs(node) if v.kept)
-            for tensor in {id(t): t for t in node.inputs if t.name}.values():
-                source = self.values.get(id(tensor))
-                if source is not None and id(source.node) in self.folds:
-                    source.kept += 1
-                    if source.kept == 1:
-                        growth += _bytes(source)
-                        heapq.heappush(heap, (-source.array.nbytes, order[id(source.node)], id(tensor)))
-                elif id(tensor) in sources:
-                    remaining[id(tensor)] += 1
-                    if remaining[id(tensor)] == 1:
-                        growth += _stored(tensor.nbytes, tensor)
+            unfolded[order[id(node)]] = self.folds.pop(id(node))
+            growth += self.move(node, 1)
+            for key in {id(t) for t in node.inputs} & self.values.keys():
+                heapq.heappush(heap, (-self.size[key], order[id(self.values[key].node)], key))
+        for _, node in sorted(unfolded.items()):
+            more = self.move(node, -1)
+            if growth + more <= allowed:
+                growth += more
+                self.folds[id(node)] = node
+                continue
+            self.move(node, 1)
+            told = f"constant, but storing it adds {more:,} bytes; allow it with fold-constants{{budget=none}}"
+            self.ctx.remark(node, told)
         self.ctx.spent["fold-constants"] = self.ctx.spent.get("fold-constants", 0) + growth
 
-    def outputs(self, node: Node) -> list[_Folded]:
-        return [self.values[id(t)] for t in node.outputs if t.name]
+    def move(self, node: Node, step: int) -> int:
+        """Let `node` stay after all (1), or fold it again (-1); returns by how much the file grows."""
+        growth = -step * sum(self.size[id(t)] for t in node.outputs if t.name and self.kept[id(t)])
+        for key in {id(t): None for t in node.inputs if id(t) in self.kept}:
+            self.kept[key] += step
+            source = self.values.get(key)
+            if self.kept[key] == (step == 1) and (source is None or id(source.node) in self.folds):
+                growth += step * self.size[key]
+        return growth
 
 
 def _stored(nbytes: int, tensor: gs.Tensor) -> int:
     """Bytes of an initializer in a file: its values, name, dimensions and tags."""
     return nbytes + len(tensor.name) + 64
-
-
-def _bytes(value: _Folded) -> int:
-    return _stored(value.array.nbytes, value.tensor)
 
 
 def _constant(node: Node) -> list[Array] | None:
@@ -239,12 +251,12 @@ def _constant(node: Node) -> list[Array] | None:
     return None
 
 
-def _output_bytes(model: Model, node: Node, operands: list[Array | None]) -> int:
-    """Bytes that computing `node` would make, by onnx's shape inference on this node alone; small where it cannot tell."""
-    shapes = [a for a in operands if a is not None and a.dtype == np.int64 and a.size <= 1024]
-    largest = max((a.nbytes for a in operands if a is not None), default=0)
-    if node.op not in _GROWING and not any(a.ndim for a in shapes):
-        return largest  # elementwise and data movement: at most a broadcast of what is there
+def _output_bytes(model: Model, node: Node, operands: list[Array | None]) -> int | None:
+    """Bytes that computing `node` would make, by onnx's shape inference on this node alone; None where it cannot tell."""
+    if node.op in _BOUNDED:
+        bound = math.prod(max(1, a.size) for a in operands if a is not None) * 64  # eight int64 an element: NonZero
+        if bound <= _SMALL:
+            return bound
     graph = Graph(name="size")
     inputs: list[gs.Tensor] = []
     for index, value in enumerate(operands):
@@ -260,76 +272,75 @@ def _output_bytes(model: Model, node: Node, operands: list[Array | None]) -> int
     graph.nodes.append(copy)
     graph.outputs = list(copy.outputs)
     try:
-        proto = Model(graph, model.carried).to_proto()
+        proto = Model(
+            graph, onnx.ModelProto(ir_version=model.ir_version, opset_import=model.carried.opset_import)
+        ).to_proto()
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return _UNKNOWN_SIZE
+        return None
     total = 0
     for info in inferred.graph.output:
-        dims = info.type.tensor_type.shape.dim
-        if not info.type.tensor_type.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
-            return _UNKNOWN_SIZE
-        count = 1
-        for dim in dims:
-            count *= int(dim.dim_value)
-        itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type or 1)).itemsize
-        total += count * itemsize
+        kind = info.type.tensor_type
+        if not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
+            return None
+        total += stored_bytes(numpy_dtype(kind.elem_type or 1), [d.dim_value for d in kind.shape.dim])
     return total
 
 
-# Operators whose output can be much larger than their operands together.
-_GROWING: Final = frozenset(
-    {
-        "ConstantOfShape",
-        "Expand",
-        "Tile",
-        "Range",
-        "Pad",
-        "Resize",
-        "Upsample",
-        "OneHot",
-        "EyeLike",
-        "MatMul",
-        "Gemm",
-        "Einsum",
-    }
-    | {
-        "Gather",
-        "GatherND",
-        "GatherElements",
-        "Where",
-        "Conv",
-        "ConvTranspose",
-        "CenterCropPad",
-        "Col2Im",
-        "AffineGrid",
+# Frequent operators whose output has no more elements than the product of their operands' element counts; for small operands this
+# spares shape inference. Everything else is asked of onnx.
+_BOUNDED: Final = frozenset(
+    [
+        "Abs",
         "Add",
-    }
-    | {
-        "Sub",
-        "Mul",
-        "Div",
-        "Pow",
-        "Equal",
-        "Less",
-        "Greater",
-        "LessOrEqual",
-        "GreaterOrEqual",
         "And",
-        "Or",
-        "Xor",
-        "Mod",
         "Cast",
-    }
-    | {
-        "HannWindow",
-        "HammingWindow",
-        "BlackmanWindow",
-        "MelWeightMatrix",
-        "SequenceConstruct",
+        "Ceil",
+        "Concat",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Log",
         "Max",
         "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "NonZero",
+        "Not",
+        "Or",
+        "Pow",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "Relu",
+        "Reciprocal",
+        "Reshape",
+        "Round",
+        "Shape",
+        "Sigmoid",
+        "Sign",
+        "Size",
+        "Slice",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
         "Sum",
-        "Mean",
-    }
+        "Tanh",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+        "Xor",
+    ]
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.backends import _cuda_buffers, tensorrt
+from graphopt.backends import _cuda_buffers, _tensorrt_session, tensorrt
 
 DATA = Path(__file__).parent / "data"
 
@@ -119,7 +119,7 @@ def missing(source: str) -> dict[str, list[str]]:
     return {name: versions for name, versions in lacking.items() if versions and name not in tensorrt.ONLY_IN}
 
 
-SOURCE = Path(tensorrt.__file__).read_text()
+SOURCE = "".join(Path(module.__file__).read_text() for module in (tensorrt, _tensorrt_session))
 
 
 def test_every_name_exists_in_every_version() -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 import graphopt
 from graphopt import bundle as bundles
 from graphopt import equivalence, ir, measure, verify
-from graphopt.backend import Artifact, Backend, BuildOptions, Progress, ShapeRange
+from graphopt.backend import Arrays, Artifact, Backend, BuildOptions, Progress, ShapeRange, takes_values
 from graphopt.bundle import Bundle
 from graphopt.discovery import backend_for
-from graphopt.errors import BackendUnavailable, InternalError, UnsupportedModel, UsageError
+from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import evaluate_node
 from graphopt.instruments import Census, Statistics, Verify, census
 from graphopt.ir import Model, TensorSpec
@@ -45,6 +45,7 @@ class Request:
     say: Say
     progress: Callable[[Target], Progress | None]
     instruments: Sequence[Instrument] = ()
+    chosen: bool = True  # whether the user named the targets
     fallbacks: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -56,7 +57,7 @@ def build(
     *,
     shapes: Mapping[str, str | ShapeRange] | None = None,
     options: BuildOptions | None = None,
-    feeds: Sequence[Feeds] | None = None,
+    feeds: Sequence[Feeds] | Feeds | None = None,
     fallback: bool = True,
     measure: bool = False,
     seed: int = 0,
@@ -74,7 +75,7 @@ def build(
         pipeline: passes or a preset; run once for each target, since the target decides.
         shapes: ranges of dynamic inputs, by name, as ``"1x3x8x8:8x3x8x8:32x3x8x8"``.
         options: what to ask of the backends; `shapes` given here go on top.
-        feeds: samples for the numeric proof; None generates some.
+        feeds: samples for the numeric proof, or one; None generates some.
         fallback: build for ONNX Runtime, saying so, where a target cannot be built.
         measure: also time the ONNX Runtime variants against the original, into the manifest (its bytes then vary).
         seed: of generated samples.
@@ -96,23 +97,31 @@ def build(
         name: ShapeRange.parse(f"{name}={r}")[1] if isinstance(r, str) else r for name, r in (shapes or {}).items()
     }
     options = replace(options, shapes={**options.shapes, **ranges})
+    if isinstance(feeds, Mapping):
+        feeds = [feeds]
+    for sample in feeds or ():
+        equivalence.check_feeds(loaded.inputs, sample)
     request = Request(
         loaded,
         Path(out),
         (),
         Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline,
         options,
-        feeds,
+        feeds or None,
         fallback,
         measure,
         seed,
         say,
         progress,
         instruments,
+        chosen=bool(targets),
     )
     wanted = [t if isinstance(t, Target) else Target.parse(t) for t in targets] if targets else _best_here(request)
-    request.targets = tuple(dict.fromkeys(wanted))
+    request.targets = tuple(dict.fromkeys(_CPU if t == Target("ort") else t for t in wanted))
     return _build(request)
+
+
+_CPU: Final = Target("ort", "cpu")  # what ``ort`` alone means, and what takes the place of an engine
 
 
 def _best_here(request: Request) -> list[Target]:
@@ -121,17 +130,17 @@ def _best_here(request: Request) -> list[Target]:
     for runtime in ("tensorrt", "tensorrt-rtx"):
         reason = backend_for(runtime)[1].availability(runtime).build
         if reason is None:
-            return [Target(runtime), Target("ort", "cpu")]
+            return [Target(runtime), _CPU]
         reasons.append(f"{runtime}: {reason}")
     _fall_back(request, "an engine", "; ".join(reasons))
-    return [Target("ort", "cpu")]
+    return [_CPU]
 
 
 def _fall_back(request: Request, what: str, reason: str) -> None:
     """Say aloud that ONNX Runtime takes the place of `what`, or raise where that is forbidden."""
     if not request.fallback:
-        raise BackendUnavailable(f"{what} cannot be built, and --no-fallback forbids ONNX Runtime instead: {reason}")
-    request.say(f"falling back to ort:cpu for {what}: {reason} (forbid it with --no-fallback)")
+        raise BackendUnavailable(f"{what} cannot be built, and --no-fallback forbids {_CPU} instead: {reason}")
+    request.say(f"falling back to {_CPU} for {what} (--no-fallback forbids it): {reason}")
     request.fallbacks.append({"target": what, "reason": reason})
 
 
@@ -153,13 +162,13 @@ def _build(request: Request) -> Bundle:
             target = pending.pop(0)
             try:
                 built.append(_variant(request, target, folder))
-            except (BackendUnavailable, UnsupportedModel) as error:
-                fallback = Target("ort", "cpu")
-                if target == fallback:
+            except (BackendUnavailable, UnsupportedModel, ShapeError) as error:
+                asked = isinstance(error, ShapeError) and (request.chosen or request.options.shapes)
+                if target == _CPU or asked:
                     raise
                 _fall_back(request, str(target), str(error))
-                if fallback not in [b.target for b in built] and fallback not in pending:
-                    pending.append(fallback)
+                if _CPU not in [b.target for b in built] and _CPU not in pending:
+                    pending.append(_CPU)
         manifest = _manifest(request, built, folder)
         bundles.write_manifest(folder, manifest)
     return Bundle(request.out, manifest)
@@ -176,39 +185,58 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     changed = verify.interface(request.model, result.model)
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")
-    proof = _prove(request, result)
+    proof = _prove(request, target, result)
     artifact = backend.emit(result.model, target, folder, request.options, request.progress(target))
     for remark in artifact.remarks:
         request.say(f"{target}: {remark}")
     return _Built(target, backend, artifact, result, tuple(statistics.history), proof)
 
 
-def _prove(request: Request, result: Result) -> dict[str, Any]:
+def _prove(request: Request, target: Target, result: Result) -> dict[str, Any]:
     """Compare the optimized model with the original, both as written."""
     loose = {p.pass_name(): p.exactness for p in request.pipeline.passes if p.exactness is not Exactness.EXACT}
     rewrites = sum(s.rewrites for s in result.steps if s.pass_name in loose)
     exactness = request.pipeline.exactness if rewrites else Exactness.EXACT
     allowed = equivalence.tolerance(exactness, rewrites, [s.dtype for s in request.model.outputs if s.dtype])
+    feeds, shapes = request.feeds, request.options.shapes
+    if feeds is None and _values(request.model, shapes):
+        feeds = list(samples(request.model, request.seed, shapes))
     try:
         report = equivalence.compare(
-            request.model,
-            result.model,
-            feeds=request.feeds,
-            allowed=allowed,
-            seed=request.seed,
-            shapes=request.options.shapes,
+            request.model, result.model, feeds=feeds, allowed=allowed, seed=request.seed, shapes=shapes
         )
     except UnsupportedModel as error:
-        request.say(f"the numbers are not proven: {error}")
+        request.say(f"{target}: the numbers are not proven: {error}")
         return {"unproven": str(error)}
     report.require("the optimized model computes something else")
     return {
-        "max_abs": max((d.max_abs for d in report.differences), default=0.0),
-        "relative": max((d.relative for d in report.differences), default=0.0),
-        "tolerance": None if math.isinf(allowed) else allowed,
+        "max_abs": _finite(max((d.max_abs for d in report.differences), default=0.0)),
+        "relative": _finite(max((d.relative for d in report.differences), default=0.0)),
+        "tolerance": _finite(allowed),
         "samples": report.samples,
         "evaluator": report.engine,
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity; null says that there is no bound, or that outputs differ in more than numbers."""
+    return value if math.isfinite(value) else None
+
+
+def _values(model: Model, shapes: Mapping[str, ShapeRange]) -> dict[str, TensorSpec]:
+    return {s.name: s for s in model.inputs if s.name in shapes and takes_values(s, shapes[s.name])}
+
+
+def samples(model: Model, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None) -> Iterator[Arrays]:
+    """Generated feeds that fit `shapes`, ranges of values included."""
+    shapes = shapes or {}
+    values = _values(model, shapes)
+    rest = {name: wanted for name, wanted in shapes.items() if name not in values}
+    for number, feeds in enumerate(equivalence.input_samples(model, seed=seed, shapes=rest)):
+        for name, spec in values.items():
+            wanted = (shapes[name].opt, shapes[name].min, shapes[name].max)[number % 3]
+            feeds[name] = np.asarray(wanted, spec.dtype).reshape([d for d in spec.shape or () if isinstance(d, int)])
+        yield feeds
 
 
 def _manifest(request: Request, built: Sequence[_Built], folder: Path) -> dict[str, Any]:
@@ -271,7 +299,7 @@ def _latency(request: Request, built: _Built, folder: Path) -> dict[str, Any] | 
     original = folder / ".original.onnx"
     written = ir.save(request.model, original)
     try:
-        sample = request.feeds[0] if request.feeds else next(_samples(request))
+        sample = request.feeds[0] if request.feeds else next(samples(request.model, request.seed, options.shapes))
         before = built.backend.open(folder, Artifact((original.name,), {}), built.target, options)
         after = built.backend.open(folder, built.artifact, built.target, options)
         timings = measure.interleave({"original": lambda: before.run(sample), "optimized": lambda: after.run(sample)})
@@ -282,7 +310,3 @@ def _latency(request: Request, built: _Built, folder: Path) -> dict[str, Any] | 
     finally:
         for path in written:
             path.unlink(missing_ok=True)
-
-
-def _samples(request: Request) -> Any:
-    return equivalence.input_samples(request.model, seed=request.seed, shapes=request.options.shapes)

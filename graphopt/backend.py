@@ -161,11 +161,14 @@ class Backend(ABC):
         """
 
 
+def may_hold_shape(spec: TensorSpec) -> bool:
+    """Whether TensorRT may read an input as a shape (``Reshape``'s second, say); its range is then one of values."""
+    return spec.dtype in ("int32", "int64") and spec.shape is not None and len(spec.shape) < 2
+
+
 def takes_values(spec: TensorSpec, wanted: ShapeRange) -> bool:
-    """Whether a range is one of values: TensorRT reads a small integer input (``Reshape``'s second, say) as a shape."""
-    if spec.dtype not in ("int32", "int64") or spec.shape is None or len(spec.shape) > 1:
-        return False
-    return len(wanted.opt) == (spec.shape[0] if spec.shape else 1)
+    """Whether a range gives one value for each element of an input that may hold a shape."""
+    return may_hold_shape(spec) and len(wanted.opt) == (spec.shape[0] if spec.shape else 1)
 
 
 def check_shapes(model: Model, shapes: Mapping[str, ShapeRange]) -> None:

@@ -14,7 +14,17 @@ import numpy as np
 import graphopt
 from graphopt import bundle as bundles
 from graphopt import equivalence, ir, measure, verify
-from graphopt.backend import Arrays, Artifact, Backend, BuildOptions, Progress, ShapeRange, takes_values
+from graphopt.backend import (
+    Arrays,
+    Artifact,
+    Backend,
+    BuildOptions,
+    Progress,
+    ShapeRange,
+    check_shapes,
+    may_hold_shape,
+    takes_values,
+)
 from graphopt.bundle import Bundle
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
@@ -97,6 +107,8 @@ def build(
         name: ShapeRange.parse(f"{name}={r}")[1] if isinstance(r, str) else r for name, r in (shapes or {}).items()
     }
     options = replace(options, shapes={**options.shapes, **ranges})
+    values = {s.name for s in loaded.inputs if may_hold_shape(s)}  # what their ranges mean, the backend will say
+    check_shapes(loaded, {name: wanted for name, wanted in options.shapes.items() if name not in values})
     if isinstance(feeds, Mapping):
         feeds = [feeds]
     for sample in feeds or ():

@@ -247,7 +247,7 @@ def staged(out: Path) -> Iterator[Path]:
     made: list[Path] = []
     stage = None
     try:
-        known = _contents(place)
+        known = _contents(place, out)
         made += _make_folders(place.parent)
         inside = place.is_dir() and _is_pinned(place)
         stage = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place if inside else place.parent))
@@ -273,7 +273,7 @@ def staged(out: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _contents(place: Path) -> set[str]:
+def _contents(place: Path, out: Path) -> set[str]:
     """Names of the files that an earlier build wrote into `place`.
 
     Raises:
@@ -282,7 +282,7 @@ def _contents(place: Path) -> set[str]:
     if not place.exists():
         return set()
     if not place.is_dir():
-        raise OutputError(f"cannot write the bundle {str(place)!r}: it is a file; name a folder")
+        raise OutputError(f"cannot write the bundle {str(out)!r}: it is a file; name a folder")
     if not any(place.iterdir()):
         return set()
     try:
@@ -294,7 +294,7 @@ def _contents(place: Path) -> set[str]:
         what = "holds other files"
     except (ValueError, KeyError, TypeError, RecursionError):
         what = f"holds a {MANIFEST} that is no bundle's"
-    raise OutputError(f"cannot write the bundle {str(place)!r}: it {what}; name a new folder, or empty this one")
+    raise OutputError(f"cannot write the bundle {str(out)!r}: it {what}; name a new folder, or empty this one")
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -236,10 +236,17 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
                 )
 
 
-def _check_folder(path: Path | str | None) -> None:
-    """Complain about a folder that is not there before the work and not after it."""
-    if path is not None and str(path) != "-" and not Path(path).parent.is_dir():
-        raise OutputError(f"cannot write {str(path)!r}: {str(Path(path).parent)!r} is no folder; make it first")
+def _check_place(path: Path | str | None) -> None:
+    """Complain before the work, not after it, about a file that cannot be written."""
+    if path is None or str(path) == "-":
+        return
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: {str(file.parent)!r} is no folder; make it first")
+    if file.exists() and not file.is_file():  # a device would be replaced by a file
+        raise OutputError(
+            f"cannot write {str(path)!r}: it is no file; name one, or '-' for stdout where that is offered"
+        )
 
 
 def _write_report(path: Path | None, report: Any) -> None:
@@ -325,7 +332,7 @@ def build(
     from graphopt.target import Target
 
     if report is not None and output.resolve() not in report.resolve().parents:
-        _check_folder(report)
+        _check_place(report)
     ranges = _ranges(shape)
     targets = [Target.parse(t) for t in target] if target else None
     pipeline = _pipeline(passes, level, "default")
@@ -447,7 +454,7 @@ def opt(
     if external_data and (output == "-" or output.endswith(".onnxtxt")):
         raise UsageError("--external-data needs a file, as in -o FILE.onnx")
     for place in (output, report, reproducer):
-        _check_folder(place)
+        _check_place(place)
     pipeline = _pipeline(passes, level, "default")
     ranges = _ranges(shape)
     loaded = _load(model)
@@ -664,14 +671,14 @@ def run_bundle(
     """Run a bundle on this machine; without --data on generated inputs."""
     import numpy as np
 
-    _check_folder(output)
+    _check_place(output)
     session = _open(bundle, target, threads)
     feeds = (_arrays(data) or [_generated(session, seed, None)])[0]
-    results = session.run(feeds)
+    results: dict[str, Any] = session.run(feeds)
     table = Table("output", "dtype", "shape", "min", "mean", "max")
     for name, value in results.items():
         if not isinstance(value, np.ndarray | np.generic):
-            table.add_row(escape(name), type(value).__name__, f"{len(value)} elements" if value else "-", "-", "-", "-")
+            table.add_row(escape(name), type(value).__name__, "-" if value is None else f"{len(value)} elements", "-", "-", "-")
             continue
         array = np.asarray(value)
         numeric = array.size > 0 and (array.dtype.kind in "fiu" or array.dtype.name == "bfloat16")

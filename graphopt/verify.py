@@ -4,72 +4,98 @@ from __future__ import annotations
 
 import difflib
 import tempfile
-from collections.abc import Iterable
+from collections import ChainMap, Counter
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.edit import reads, sort
+from graphopt.edit import cycle_text, sort
 from graphopt.errors import InvalidModel, UnsupportedModel
-from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, TensorSpec, save, saves, subgraphs
+from graphopt.ir import EXTERNAL_ABOVE, Constant, Graph, Model, TensorSpec, save, saves, subgraphs
+from graphopt.reading import Scope, domain_of, nodes_of
+from graphopt.writing import homeless
 
-KNOWN_DOMAINS = frozenset(
-    {"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training", "com.microsoft"}
-)
+KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
 
 
 def structure(model: Model) -> list[str]:
     """Breaches of the structural rules of the ONNX IR (docs/IR.md), as texts; empty when there are none.
 
-    One definition for each name in scope, nodes in topological order, every operand defined, links between nodes and tensors
-    intact in both directions, constants of the shape and dtype they declare.
+    One definition for each name in scope, nodes in topological order, every operand and output defined, and links between nodes
+    and tensors intact in both directions.
     """
-    faults: list[str] = []
-    _graph(model.graph, {}, faults)
-    return faults
+    check = _Structure()
+    check.graph(model.graph, ChainMap(), homeless(model))
+    check.links()
+    return check.faults
 
 
-def _graph(graph: Graph, outer: dict[str, gs.Tensor], faults: list[str]) -> None:
-    where = f"graph {graph.name!r}"
-    scope = dict(outer)
-    local: dict[str, gs.Tensor] = {}
+class _Structure:
+    """Collects the faults of one model, in time linear in its size."""
 
-    def define(tensor: gs.Tensor, by: str) -> None:
-        if not tensor.name:
-            return
-        if tensor.name in local and local[tensor.name] is not tensor:
-            faults.append(f"{where}: {tensor.name!r} is defined twice, the second time by {by}")
-        local[tensor.name] = scope[tensor.name] = tensor
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+        self.tensors: dict[int, gs.Tensor] = {}
+        self.labels: dict[int, str] = {}  # by id of the node
+        self.readers: dict[int, Counter[int]] = {}  # by id of the tensor: ids of nodes, and how often each reads it
+        self.producers: dict[int, int] = {}  # by id of the tensor
 
-    for tensor in [*graph.inputs, *graph.initializers]:
-        define(tensor, "an input or initializer")
-    for node in graph.nodes:
-        label = f"node {node.name!r} ({node.op})"
-        for tensor in reads(node):
-            if not tensor.name:
-                continue
-            if isinstance(tensor, gs.Constant) and tensor.name not in scope:
-                scope[tensor.name] = tensor  # made by a pass: written with the root graph
-            known = scope.get(tensor.name)
-            if known is None:
-                faults.append(f"{where}: {label} reads {tensor.name!r} before it is defined")
-            elif known is not tensor:
-                faults.append(f"{where}: {label} reads {tensor.name!r}, but another tensor has that name")
-        for tensor in node.inputs:
-            if not any(n is node for n in tensor.outputs):
-                faults.append(f"{where}: {label} is not among the readers of {tensor.name!r}")
-        for tensor in node.outputs:
-            if tensor.name and (len(tensor.inputs) != 1 or tensor.inputs[0] is not node):
-                faults.append(f"{where}: {tensor.name!r} does not know its producer {label}")
-            if tensor.name and tensor.name in local:
-                faults.append(f"{where}: {tensor.name!r} is defined twice, the second time by {label}")
-            define(tensor, label)
-        for body in subgraphs(node):
-            _graph(body, scope, faults)
-    for tensor in graph.outputs:
-        if scope.get(tensor.name) is not tensor and not isinstance(tensor, gs.Constant):
-            faults.append(f"{where}: output {tensor.name!r} is produced by no node")
+    def graph(self, graph: Graph, outer: Scope, extra: list[Constant]) -> None:
+        where = f"graph {graph.name!r}"
+        local: dict[str, gs.Tensor] = {}
+        scope = outer.new_child(local)
+
+        def define(tensor: gs.Tensor, by: str) -> None:
+            if tensor.name in local:
+                self.faults.append(f"{where}: {tensor.name!r} is defined twice, the second time by {by}")
+            local[tensor.name] = tensor
+
+        inputs = {id(t) for t in graph.inputs}
+        for tensor in graph.inputs:
+            define(tensor, "an input")
+        for constant in [*graph.initializers, *extra]:
+            if id(constant) not in inputs or local.get(constant.name) is not constant:
+                define(constant, "an initializer")
+        for node in graph.nodes:
+            label = self.labels[id(node)] = f"node {node.name!r} ({node.op})"
+            for tensor in node.inputs:
+                self.tensors[id(tensor)] = tensor
+                self.readers.setdefault(id(tensor), Counter())[id(node)] += 1
+                if not tensor.name:
+                    continue
+                known = scope.get(tensor.name)
+                if known is None:
+                    self.faults.append(f"{where}: {label} reads {tensor.name!r} before it is defined")
+                elif known is not tensor:
+                    self.faults.append(f"{where}: {label} reads {tensor.name!r}, but another tensor has that name")
+            for body in subgraphs(node):
+                self.graph(body, scope, [])
+            for tensor in node.outputs:
+                self.tensors[id(tensor)] = tensor
+                if tensor.name:
+                    define(tensor, label)
+                if id(tensor) in self.producers:
+                    self.faults.append(f"{where}: {tensor.name!r} is an output of {label} and of another node")
+                self.producers[id(tensor)] = id(node)
+        for tensor in graph.outputs:
+            if scope.get(tensor.name) is not tensor:
+                self.faults.append(f"{where}: output {tensor.name!r} is produced by no node")
+
+    def links(self) -> None:
+        """Compare what the nodes hold with what the tensors know of it."""
+        for key, tensor in self.tensors.items():
+            known, actual = Counter(map(id, tensor.outputs)), self.readers.get(key, Counter())
+            for node in actual - known:
+                self.faults.append(f"{self.labels[node]} is not among the readers of {tensor.name!r}")
+            for node in known - actual:
+                label = self.labels.get(node, "a node of no graph")
+                self.faults.append(f"{tensor.name!r} counts {label} among its readers, which does not read it so often")
+            producers = [id(n) for n in tensor.inputs]
+            if producers != ([self.producers[key]] if key in self.producers else []):
+                label = self.labels[self.producers[key]] if key in self.producers else "none"
+                self.faults.append(f"{tensor.name!r} does not know its producer, {label}")
 
 
 def cycles(model: Model) -> None:
@@ -79,61 +105,93 @@ def cycles(model: Model) -> None:
         InvalidModel: a graph has a cycle; the message names nodes on it.
     """
     for graph in model.graphs():
-        cyclic = sort(graph)
-        if cyclic:
-            names = ", ".join(f"{n.name!r} ({n.op})" for n in cyclic[:4])
+        cycle = sort(graph)
+        if cycle:
             raise InvalidModel(
-                f"graph {graph.name!r} has a cycle through {names}; ONNX graphs are acyclic: export the model again"
+                f"graph {graph.name!r} has a cycle through {cycle_text(cycle)}; ONNX graphs are acyclic: export the model again"
             )
 
 
 def operators(model: Model, allowed_domains: Iterable[str] = ()) -> None:
-    """Check that every operator exists at the opset that the model imports.
+    """Check that every operator exists at the opset that the model imports, and that functions do not call themselves.
 
     Args:
         model: what to check, functions' bodies included.
         allowed_domains: custom domains that are carried unread.
 
     Raises:
-        InvalidModel: an unknown operator, or a domain without an opset import.
+        InvalidModel: an unknown operator, a domain without an opset import, or recursive functions.
         UnsupportedModel: a domain that graphopt does not know.
     """
-    functions = {(f.carried.domain, f.carried.name) for f in model.functions}
-    known = KNOWN_DOMAINS | set(allowed_domains)
-    _operators(((n.op, n.domain or "", n.name) for n in model.nodes()), model.opsets, functions, known)
-    for function in model.functions:
-        opsets = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in function.carried.opset_import}
-        nodes = ((n.op_type, n.domain, n.name) for n in function.carried.node)
-        _operators(nodes, opsets, functions, known)
+    functions = {(domain_of(f.carried.domain), f.carried.name): f.carried for f in model.functions}
+    allowed = {"com.microsoft", *allowed_domains}
+    _operators(((n.op, n.domain, n.name) for n in model.nodes()), model.opsets, functions, allowed)
+    for function in functions.values():
+        opsets = {domain_of(o.domain): int(o.version) for o in function.opset_import}
+        nodes = ((n.op_type, n.domain, n.name) for n in nodes_of(function.node))
+        _operators(nodes, opsets, functions, allowed)
+    _recursion(functions)
 
 
 def _operators(
-    nodes: Iterable[tuple[str, str, str]], opsets: dict[str, int], functions: set[tuple[str, str]], known: Iterable[str]
+    nodes: Iterable[tuple[str, str | None, str]],
+    opsets: dict[str, int],
+    functions: Collection[tuple[str, str]],
+    allowed: Collection[str],
 ) -> None:
     checked: set[tuple[str, str]] = set()
     for op, written_domain, name in nodes:
-        domain = "" if written_domain == "ai.onnx" else written_domain
-        if (domain, op) in checked or (written_domain, op) in functions:
+        domain = domain_of(written_domain)
+        if (domain, op) in checked or (domain, op) in functions:
             continue
         checked.add((domain, op))
         where = f"node {name!r} ({f'{domain}.' if domain else ''}{op})"
+        if domain not in KNOWN_DOMAINS and domain not in allowed:
+            raise UnsupportedModel(
+                f"{where}: unknown domain {domain!r}; if a plug-in of your runtime serves it, allow it with --allow-domain {domain}"
+            )
         if domain not in opsets:
             raise InvalidModel(
                 f"{where}: domain {domain or 'ai.onnx'!r} is not among the model's opset imports; add it"
             )
-        if domain not in known:
-            raise UnsupportedModel(
-                f"{where}: unknown domain {domain!r}; if a plug-in of your runtime serves it, allow it with --allow-domain {domain}"
+        if domain not in allowed and not onnx.defs.has(op, opsets[domain], domain):
+            raise InvalidModel(
+                f"{where}: no such operator in opset {opsets[domain]}; {_operator_hint(op, domain, opsets[domain])}"
             )
-        if domain == "com.microsoft":
-            continue
-        if not onnx.defs.has(op, opsets[domain], domain):
-            every = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == domain})
-            near = difflib.get_close_matches(op, every, n=1)
-            hint = (
-                f"did you mean {near[0]!r}?" if near and near[0] != op else f"check the opset (it is {opsets[domain]})"
-            )
-            raise InvalidModel(f"{where}: no such operator in opset {opsets[domain]}; {hint}")
+
+
+def _operator_hint(op: str, domain: str, opset: int) -> str:
+    since = [s.since_version for s in onnx.defs.get_all_schemas_with_history() if (s.name, s.domain) == (op, domain)]
+    if since:
+        return f"it came with opset {min(since)}: convert the model with onnx.version_converter"
+    every = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == domain})
+    near = difflib.get_close_matches(op, every, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"check the opset (it is {opset}) or the name"
+
+
+def _recursion(functions: dict[tuple[str, str], onnx.FunctionProto]) -> None:
+    """Functions stand for their bodies, which must therefore end: peel off those that call only what is peeled off already."""
+    calls = {
+        key: {call for n in nodes_of(f.node) if (call := (domain_of(n.domain), n.op_type)) in functions}
+        for key, f in functions.items()
+    }
+    callers: dict[tuple[str, str], list[tuple[str, str]]] = {key: [] for key in calls}
+    for key, called in calls.items():
+        for call in called:
+            callers[call].append(key)
+    ready = [key for key, called in calls.items() if not called]
+    while ready:
+        done = ready.pop()
+        for caller in callers[done]:
+            calls[caller].discard(done)
+            if not calls[caller]:
+                ready.append(caller)
+    left = [name for (_, name), called in calls.items() if called]
+    if left:
+        raise InvalidModel(
+            f"functions {', '.join(map(repr, left[:4]))} call themselves, directly or through each other; "
+            "a function has to end: export the model again"
+        )
 
 
 def full(model: Model) -> None:

@@ -197,7 +197,7 @@ class _Maker:
                 images.append(self.emit(nodes, "Identity", [image]))
             case "binary":
                 op = self.draw(st.sampled_from(["Add", "Mul", "Sub", "Max"]))
-                other = self.draw(st.sampled_from(images + constants))
+                other = self.draw(st.sampled_from(images + constants + constants[3:] * 3))
                 images.append(self.emit(nodes, op, [image, other]))
             case "constant":
                 value = self.rng.integers(-1, 2, (1, 4, 1, 1)).astype(np.float32)

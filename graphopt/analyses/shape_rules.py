@@ -1,0 +1,635 @@
+"""Rules of the shape analysis, an operator at a time: what its result's shape is, and its values where they are small integers.
+
+A rule returns None for what it cannot tell, and what onnx infers for the node then stands. Rules may raise on a model that contradicts itself;
+the analysis takes that as unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses import symbolic
+from graphopt.analyses.symbolic import Dim, Expr
+from graphopt.ir import Node
+
+Shape = tuple[Dim, ...]
+Values = np.ndarray[Any, Any]  # of dtype object: int, bool or Expr
+
+MAX_VALUES: Final = 256  # elements of a tensor whose values are followed
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of one tensor."""
+
+    dtype: np.dtype[Any] | None = None
+    shape: Shape | None = None  # None: not even the rank
+    value: Values | None = None  # integers and booleans only
+
+
+UNKNOWN: Final = Info()
+
+
+class Facts(Protocol):
+    """What a rule may ask of the analysis."""
+
+    opset: int
+
+    def info(self, tensor: gs.Tensor) -> Info:
+        """All that is known of `tensor`."""
+
+    def opaque(self) -> Expr:
+        """A dimension of which nothing is known."""
+
+
+class Call:
+    """One node as a handler sees it."""
+
+    def __init__(self, shapes: Facts, node: Node, inferred: list[Info]) -> None:
+        self.shapes = shapes
+        self.node = node
+        self.inferred = inferred
+        self.opset = shapes.opset
+
+    def has(self, index: int) -> bool:
+        """Whether operand `index` is present."""
+        return index < len(self.node.inputs) and bool(self.node.inputs[index].name)
+
+    def info(self, index: int) -> Info:
+        """Facts of operand `index`."""
+        return self.shapes.info(self.node.inputs[index]) if self.has(index) else UNKNOWN
+
+    def shape(self, index: int) -> Shape | None:
+        """Shape of operand `index`."""
+        return self.info(index).shape
+
+    def value(self, index: int) -> Values | None:
+        """Values of operand `index`."""
+        return self.info(index).value
+
+    def ints(self, index: int) -> list[int] | None:
+        """Values of operand `index` where all are plain integers, flattened."""
+        value = self.value(index)
+        if value is None or any(isinstance(v, Expr) for v in value.flat):
+            return None
+        return [int(v) for v in value.flat]
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """An attribute or its default."""
+        return self.node.attrs.get(name, default)
+
+    def axes(self, index: int = 1) -> list[int] | None:
+        """The axes of the operator, attribute or operand; [] where none are given; None where they are unknown."""
+        given = self.attr("axes")
+        if given is not None:
+            return [int(a) for a in given]
+        return self.ints(index) if self.has(index) else []
+
+
+Handler = Callable[[Call], Sequence[Any]]
+SHAPE_RULES: dict[str, Handler] = {}
+VALUE_RULES: dict[str, Handler] = {}
+
+
+def _shape_of(*ops: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        SHAPE_RULES.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+def _value_of(*ops: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        VALUE_RULES.update(dict.fromkeys(ops, handler))
+        return handler
+
+    return register
+
+
+def broadcast(shapes: Sequence[Shape], fresh: Callable[[], Dim]) -> Shape:
+    """NumPy's broadcasting on symbols: equal dimensions stay, 1 gives way, a number other than 1 wins over a symbol, and two
+    different symbols give a dimension of which nothing is known (`fresh`)."""
+    rank = max(map(len, shapes))
+    result: list[Dim] = []
+    for axis in range(-rank, 0):
+        dims = [s[axis] for s in shapes if len(s) >= -axis]
+        dims = list(dict.fromkeys(d for d in dims if d != 1))
+        numbers = [d for d in dims if isinstance(d, int)]
+        if not dims:
+            result.append(1)
+        elif len(dims) == 1:
+            result.append(dims[0])
+        elif len(numbers) == 1:
+            result.append(numbers[0])
+        elif not numbers:
+            result.append(fresh())
+        else:
+            raise ValueError(f"dimensions {numbers} do not broadcast")
+    return tuple(result)
+
+
+@_shape_of(
+    "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual",
+    "Greater", "GreaterOrEqual", "Where", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "PRelu",
+)  # fmt: skip
+def _broadcasting(call: Call) -> Sequence[Any]:
+    shapes = [call.shape(i) for i in range(len(call.node.inputs))]
+    known = [s for s in shapes if s is not None]
+    return [broadcast(known, call.shapes.opaque)] if len(known) == len(shapes) else [None]
+
+
+@_shape_of("Reshape")
+def _reshape(call: Call) -> Sequence[Any]:
+    source, target = call.shape(0), call.value(1)
+    if target is None or target.ndim != 1:
+        return [None]
+    dims: list[Dim | None] = []
+    for axis, wanted in enumerate(target):
+        if isinstance(wanted, int) and wanted == -1:
+            dims.append(None)
+        elif isinstance(wanted, int) and wanted == 0 and not call.attr("allowzero", 0):
+            dims.append(source[axis] if source is not None else call.shapes.opaque())
+        elif isinstance(wanted, Expr) and not symbolic.is_positive(wanted) and not _is_size(wanted):
+            dims.append(call.shapes.opaque())  # may be -1 or 0 at run time
+        else:
+            dims.append(wanted)
+    if None in dims:
+        total = symbolic.product(source) if source is not None else None
+        rest = symbolic.product(d for d in dims if d is not None)
+        inferred = None if total is None or rest == 0 else symbolic.divide_exactly(total, rest)
+        dims[dims.index(None)] = inferred if inferred is not None else call.shapes.opaque()
+    return [tuple(d for d in dims if d is not None)]
+
+
+def _is_size(value: Expr) -> bool:
+    """Whether it is made of dimensions alone, so that it stands for itself in a shape (a 0 copies a 0)."""
+    return symbolic.is_nonnegative(value)
+
+
+@_shape_of("Concat")
+def _concat(call: Call) -> Sequence[Any]:
+    shapes = [call.shape(i) for i in range(len(call.node.inputs))]
+    if any(s is None for s in shapes) or not shapes or len({len(s) for s in shapes if s is not None}) != 1:
+        return [None]
+    known = [s for s in shapes if s is not None]
+    axis = int(call.attr("axis", 1)) % len(known[0])
+    dims: list[Dim] = []
+    for index in range(len(known[0])):
+        if index == axis:
+            total: Dim = 0
+            for shape in known:
+                total = symbolic.add(total, shape[index])
+            dims.append(total)
+        else:
+            dims.append(next((s[index] for s in known if isinstance(s[index], int)), known[0][index]))
+    return [tuple(dims)]
+
+
+@_shape_of("Flatten")
+def _flatten(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    if shape is None:
+        return [None]
+    axis = int(call.attr("axis", 1))
+    axis += len(shape) if axis < 0 else 0
+    return [(symbolic.product(shape[:axis]), symbolic.product(shape[axis:]))]
+
+
+@_shape_of("Expand")
+def _expand(call: Call) -> Sequence[Any]:
+    shape, target = call.shape(0), call.value(1)
+    if shape is None or target is None:
+        return [None]
+    return [broadcast([shape, tuple(target)], call.shapes.opaque)]
+
+
+@_shape_of("ConstantOfShape")
+def _constant_of_shape(call: Call) -> Sequence[Any]:
+    target = call.value(0)
+    return [None if target is None else tuple(target)]
+
+
+@_shape_of("Tile")
+def _tile(call: Call) -> Sequence[Any]:
+    shape, repeats = call.shape(0), call.value(1)
+    if shape is None or repeats is None:
+        return [None]
+    return [tuple(symbolic.multiply(d, r) for d, r in zip(shape, repeats, strict=True))]
+
+
+@_shape_of("Slice")
+def _slice(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    if shape is None:
+        return [None]
+    if call.opset < 10:
+        starts, ends = ([*map(int, call.attr(n))] for n in ("starts", "ends"))
+        axes, steps = list(call.attr("axes") or range(len(starts))), [1] * len(starts)
+        bounds = list(zip(axes, starts, ends, steps, strict=True))
+    else:
+        first, last = call.value(1), call.value(2)
+        axes_given = call.ints(3) if call.has(3) else list(range(len(shape)))
+        steps_given = call.ints(4) if call.has(4) else None
+        if axes_given is None or (call.has(4) and steps_given is None):
+            return [None]
+        count = len(axes_given) if call.has(3) else (first.size if first is not None else 0)
+        if first is None or last is None:
+            unknown = {a % len(shape) for a in axes_given}
+            return [tuple(call.shapes.opaque() if i in unknown else d for i, d in enumerate(shape))]
+        bounds = list(zip(axes_given[:count], first, last, steps_given or [1] * count, strict=True))
+    dims = list(shape)
+    for axis, start, end, step in bounds:
+        dims[axis] = _slice_length(dims[axis], start, end, step, call.shapes.opaque)
+    return [tuple(dims)]
+
+
+def _slice_length(dim: Dim, start: Dim, end: Dim, step: int, fresh: Callable[[], Dim]) -> Dim:
+    if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int):
+        return len(range(*slice(start, end if end > -(1 << 62) else None, step).indices(dim)))
+    if step != 1:
+        return fresh()
+    if isinstance(start, int) and start >= 0 and _clamped(end, dim) == dim:
+        rest = symbolic.add(dim, -start)
+        return rest if symbolic.is_nonnegative(rest) else symbolic.maximum(rest, 0)
+    begin = _clamped(start, dim)
+    finish = _clamped(end, dim)
+    if begin is None or finish is None:
+        return fresh()
+    length = symbolic.add(finish, symbolic.multiply(begin, -1))
+    return length if symbolic.is_nonnegative(length) else symbolic.maximum(length, 0)
+
+
+def _clamped(bound: Dim, dim: Dim) -> Dim | None:
+    """A slice bound brought into 0..dim, or None where that cannot be told."""
+    if isinstance(bound, int):
+        if bound == 0:
+            return 0
+        if bound >= 1 << 30:
+            return dim
+        if bound < 0:
+            shifted = symbolic.add(dim, bound)
+            return shifted if symbolic.is_nonnegative(shifted) else symbolic.maximum(shifted, 0)
+        gap = symbolic.add(dim, -bound)
+        return bound if symbolic.is_nonnegative(gap) else symbolic.minimum(dim, bound)
+    gap = symbolic.add(dim, symbolic.multiply(bound, -1))
+    return bound if symbolic.is_nonnegative(bound) and symbolic.is_nonnegative(gap) else None
+
+
+@_shape_of("Range")
+def _range_shape(call: Call) -> Sequence[Any]:
+    bounds = [call.value(i) for i in range(3)]
+    if any(b is None or b.size != 1 for b in bounds):
+        return [None]
+    start, limit, delta = (b.reshape(-1)[0] for b in bounds if b is not None)
+    if not isinstance(delta, int) or delta == 0:
+        return [None]
+    gap = symbolic.add(limit, symbolic.multiply(start, -1))
+    if isinstance(gap, int):
+        return [(max(0, -(-gap // delta)),)]
+    if delta == 1:
+        return [(gap if symbolic.is_nonnegative(gap) else symbolic.maximum(gap, 0),)]
+    return [None]
+
+
+@_shape_of("Pad")
+def _pad(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    if shape is None:
+        return [None]
+    given = call.attr("pads")
+    values = call.value(1)
+    if given is None and values is None:
+        return [None]
+    pads: Sequence[Dim] = given if given is not None else list(values.flat) if values is not None else []
+    axes = call.ints(3) if call.has(3) else list(range(len(shape)))
+    if axes is None or len(pads) != 2 * len(axes):
+        return [None]
+    dims = list(shape)
+    for index, axis in enumerate(axes):
+        dims[axis] = symbolic.add(symbolic.add(dims[axis], pads[index]), pads[index + len(axes)])
+    return [tuple(dims)]
+
+
+@_shape_of("Conv", "MaxPool", "AveragePool", "LpPool", "ConvTranspose")
+def _convolution(call: Call) -> Sequence[Any]:
+    """Symbolic spatial dimensions; where all are numbers onnx has done it."""
+    inferred = call.inferred[0].shape
+    shape = call.shape(0)
+    if shape is None or inferred is None or len(shape) < 3 or all(isinstance(d, int) for d in shape[2:]):
+        return [None]
+    rank = len(shape) - 2
+    weight = call.shape(1) if call.node.op in ("Conv", "ConvTranspose") else None
+    kernel = call.attr("kernel_shape") or (weight[2:] if weight is not None else None)
+    if kernel is None or any(isinstance(k, Expr) for k in kernel) or call.attr("output_shape"):
+        return [None]
+    windows = [k for k in kernel if isinstance(k, int)]
+    strides, dilations = (call.attr(n) or [1] * rank for n in ("strides", "dilations"))
+    pads = call.attr("pads") or [0] * (2 * rank)
+    auto = call.attr("auto_pad", "NOTSET")
+    if auto == "VALID":
+        pads = [0] * (2 * rank)
+    dims: list[Dim] = []
+    for i in range(rank):
+        size = shape[2 + i]
+        reach = (windows[i] - 1) * int(dilations[i]) + 1
+        if call.node.op == "ConvTranspose":
+            if auto not in ("NOTSET", "VALID"):
+                return [None]
+            extra = (call.attr("output_padding") or [0] * rank)[i]
+            dims.append(
+                symbolic.add(
+                    symbolic.multiply(symbolic.add(size, -1), int(strides[i])), reach + extra - pads[i] - pads[i + rank]
+                )
+            )
+        elif auto in ("SAME_UPPER", "SAME_LOWER"):
+            dims.append(symbolic.floor_divide(symbolic.add(size, int(strides[i]) - 1), int(strides[i])))
+        elif call.attr("ceil_mode", 0):
+            return [None]
+        else:
+            room = symbolic.add(size, int(pads[i]) + int(pads[i + rank]) - reach)
+            dims.append(symbolic.add(symbolic.floor_divide(room, int(strides[i])), 1))
+    return [(*inferred[:2], *dims)] + [(*inferred[:2], *dims)] * (len(call.node.outputs) - 1)
+
+
+@_shape_of("Split")
+def _split(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    if shape is None:
+        return [None]
+    axis = int(call.attr("axis", 0)) % len(shape)
+    sizes = call.attr("split") or (list(call.value(1)) if call.has(1) and call.value(1) is not None else None)  # type: ignore[arg-type]
+    if sizes is None and not call.has(1):
+        each = symbolic.divide_exactly(shape[axis], len(call.node.outputs))
+        sizes = None if each is None else [each] * len(call.node.outputs)
+    if sizes is None:
+        return [None]
+    return [(*shape[:axis], size, *shape[axis + 1 :]) for size in sizes]
+
+
+# ------------------------------------------------------------------------------------------------- values of tensors
+
+
+@_value_of("Shape")
+def _shape_value(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    if shape is None:
+        return []
+    return [_array(list(shape[slice(call.attr("start"), call.attr("end"))]))]
+
+
+@_value_of("Size")
+def _size_value(call: Call) -> Sequence[Any]:
+    shape = call.shape(0)
+    return [] if shape is None else [_array(symbolic.product(shape))]
+
+
+def _array(items: Any) -> Values:
+    """An object array; a plain number gives rank 0."""
+    if isinstance(items, list):
+        array = np.empty(len(items), object)
+        array[:] = items
+        return array
+    array = np.empty((), object)
+    array[()] = items
+    return array
+
+
+@_value_of("Constant")
+def _constant_value(call: Call) -> Sequence[Any]:
+    for name, value in call.node.attrs.items():
+        if name == "value" and isinstance(value, gs.Constant) and math.prod(value.shape) <= MAXVALUE_RULES:
+            return [np.asarray(value.values).astype(object)]
+        if name == "value_int":
+            return [_array(int(value))]
+        if name == "value_ints":
+            return [_array([int(v) for v in value])]
+    return []
+
+
+@_value_of("Identity")
+def _identity_value(call: Call) -> Sequence[Any]:
+    return [call.value(0)]
+
+
+@_value_of("Cast")
+def _cast_value(call: Call) -> Sequence[Any]:
+    value, before, after = call.value(0), call.info(0).dtype, call.inferred[0].dtype
+    if value is None or before is None or after is None:
+        return []
+    if after.kind == "b" or before.kind == "b":
+        known = not any(isinstance(v, Expr) for v in value.flat)
+        return [value.astype(before).astype(after).astype(object)] if known else []
+    limits = np.iinfo(after)
+    # A dimension fits every integer type of 32 bits and more; smaller ones may wrap.
+    fits = all(limits.bits >= 32 if isinstance(v, Expr) else limits.min <= v <= limits.max for v in value.flat)
+    return [value] if fits else []
+
+
+@_value_of("CastLike")
+def _cast_like_value(call: Call) -> Sequence[Any]:
+    return _cast_value(call)
+
+
+@_value_of("Squeeze", "Unsqueeze", "Reshape", "Flatten", "Expand")
+def _reshaped_value(call: Call) -> Sequence[Any]:
+    value, shape = call.value(0), _final_shape(call)
+    if value is None or shape is None:
+        return []
+    if call.node.op == "Expand":
+        return [np.broadcast_to(value, shape)]
+    return [value.reshape(shape)]
+
+
+def _final_shape(call: Call) -> tuple[int, ...] | None:
+    """The output's shape as numbers, by our handler or onnx's inference."""
+    handler = SHAPE_RULES.get(call.node.op)
+    shape = handler(call)[0] if handler is not None else None
+    shape = call.inferred[0].shape if shape is None else shape
+    if shape is None:
+        return None
+    numbers = tuple(d for d in shape if isinstance(d, int))
+    return numbers if len(numbers) == len(shape) and math.prod(numbers) <= MAXVALUE_RULES else None
+
+
+@_value_of("Concat")
+def _concat_value(call: Call) -> Sequence[Any]:
+    values = [call.value(i) for i in range(len(call.node.inputs))]
+    known = [v for v in values if v is not None]
+    return [np.concatenate(known, axis=int(call.attr("axis", 1)))] if len(known) == len(values) else []
+
+
+@_value_of("Gather")
+def _gather_value(call: Call) -> Sequence[Any]:
+    value, indices = call.value(0), call.value(1)
+    if value is None or indices is None or any(isinstance(i, Expr) for i in indices.flat):
+        return []
+    return [np.asarray(np.take(value, indices.astype(np.int64), axis=int(call.attr("axis", 0))), object)]
+
+
+@_value_of("Slice")
+def _slice_value(call: Call) -> Sequence[Any]:
+    value = call.value(0)
+    if value is None:
+        return []
+    if call.opset < 10:
+        starts, ends = list(call.attr("starts")), list(call.attr("ends"))
+        axes, steps = list(call.attr("axes") or range(len(starts))), [1] * len(starts)
+    else:
+        found = [call.ints(i) if call.has(i) else None for i in range(1, 5)]
+        if any(call.has(i) and found[i - 1] is None for i in range(1, 5)) or found[0] is None or found[1] is None:
+            return []
+        starts, ends = found[0], found[1]
+        axes, steps = found[2] or list(range(len(starts))), found[3] or [1] * len(starts)
+    index = [slice(None)] * value.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        index[axis] = slice(start, None if end < -(1 << 30) and step < 0 else end, step)
+    return [value[tuple(index)]]
+
+
+@_value_of("Transpose")
+def _transpose_value(call: Call) -> Sequence[Any]:
+    value = call.value(0)
+    return [] if value is None else [np.transpose(value, call.attr("perm"))]
+
+
+def _elementwise(function: Callable[..., Any]) -> Handler:
+    def handler(call: Call) -> Sequence[Any]:
+        values = [call.value(i) for i in range(len(call.node.inputs))]
+        known = [v for v in values if v is not None]
+        if len(known) != len(values):
+            return []
+        arrays = np.broadcast_arrays(*known)
+        result = np.empty(arrays[0].shape, object)
+        for index in np.ndindex(*arrays[0].shape):
+            item = function(*(a[index] for a in arrays))
+            if item is None:
+                return []
+            result[index] = item
+        return [result]
+
+    return handler
+
+
+def _divide(a: Dim, b: Dim) -> Dim | None:
+    """ONNX integer division truncates towards zero, as C does; equal to flooring where nothing is negative."""
+    if isinstance(a, int) and isinstance(b, int):
+        return None if b == 0 else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+    if b == 0 or not symbolic.is_nonnegative(a):
+        return None
+    return symbolic.floor_divide(a, b) if symbolic.is_positive(b) else symbolic.divide_exactly(a, b)
+
+
+def _modulo(a: Dim, b: Dim) -> Dim | None:
+    if b == 0 or not symbolic.is_positive(b) or not symbolic.is_nonnegative(a):
+        return None
+    return symbolic.remainder(a, b)
+
+
+def _equal(a: Dim, b: Dim) -> bool | None:
+    if isinstance(a, bool | int) and isinstance(b, bool | int):
+        return a == b
+    if a == b:
+        return True
+    gap = symbolic.add(a, symbolic.multiply(b, -1))
+    if isinstance(gap, int):
+        return gap == 0
+    surely = symbolic.is_positive(gap) or symbolic.is_positive(symbolic.multiply(gap, -1))
+    return False if surely else None
+
+
+def _less(a: Dim, b: Dim) -> bool | None:
+    gap = symbolic.add(b, symbolic.multiply(a, -1))
+    if symbolic.is_positive(gap):
+        return True
+    return False if symbolic.is_nonnegative(symbolic.multiply(gap, -1)) else None
+
+
+def _fold(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    def over(*items: Any) -> Any:
+        result = items[0]
+        for item in items[1:]:
+            result = function(result, item)
+        return result
+
+    return over
+
+
+def _negated(flag: bool | None) -> bool | None:
+    return None if flag is None else not flag
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, Expr):
+        return a if _equal(a, b) else None
+    return a if condition else b
+
+
+VALUE_RULES.update(
+    {
+        "Add": _elementwise(symbolic.add),
+        "Sub": _elementwise(lambda a, b: symbolic.add(a, symbolic.multiply(b, -1))),
+        "Mul": _elementwise(symbolic.multiply),
+        "Div": _elementwise(_divide),
+        "Mod": _elementwise(_modulo),
+        "Neg": _elementwise(lambda a: symbolic.multiply(a, -1)),
+        "Min": _elementwise(_fold(symbolic.minimum)),
+        "Max": _elementwise(_fold(symbolic.maximum)),
+        "Equal": _elementwise(_equal),
+        "Less": _elementwise(_less),
+        "Greater": _elementwise(lambda a, b: _less(b, a)),
+        "LessOrEqual": _elementwise(lambda a, b: _negated(_less(b, a))),
+        "GreaterOrEqual": _elementwise(lambda a, b: _negated(_less(a, b))),
+        "Not": _elementwise(lambda a: None if isinstance(a, Expr) else not a),
+        "And": _elementwise(lambda a, b: None if isinstance(a, Expr) or isinstance(b, Expr) else bool(a and b)),
+        "Or": _elementwise(lambda a, b: None if isinstance(a, Expr) or isinstance(b, Expr) else bool(a or b)),
+        "Where": _elementwise(_where),
+    }
+)
+
+
+@_value_of("ConstantOfShape")
+def _filled_value(call: Call) -> Sequence[Any]:
+    shape = call.ints(0)
+    fill = call.attr("value")
+    if (
+        shape is None
+        or math.prod(shape) > MAXVALUE_RULES
+        or not isinstance(fill, gs.Constant)
+        or np.dtype(fill.dtype).kind not in "iub"
+    ):
+        return []
+    return [np.full(shape, np.asarray(fill.values).reshape(-1)[0].item(), object)]
+
+
+@_value_of("Range")
+def _range_value(call: Call) -> Sequence[Any]:
+    bounds = [call.ints(i) for i in range(3)]
+    if any(b is None or len(b) != 1 or (b[0] == 0 and i == 2) for i, b in enumerate(bounds)):
+        return []
+    start, limit, delta = (b[0] for b in bounds if b is not None)
+    items = range(start, limit, delta)
+    return [_array(list(items))] if len(items) <= MAXVALUE_RULES else []
+
+
+@_value_of("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin")
+def _reduced_value(call: Call) -> Sequence[Any]:
+    value, axes = call.value(0), call.axes()
+    if value is None or value.ndim != 1 or axes is None or value.size == 0 or any(a not in (0, -1) for a in axes):
+        return []
+    if not axes and call.attr("noop_with_empty_axes", 0):
+        return [value]
+    functions = {
+        "ReduceProd": symbolic.multiply,
+        "ReduceSum": symbolic.add,
+        "ReduceMax": symbolic.maximum,
+        "ReduceMin": symbolic.minimum,
+    }
+    result = _array(_fold(functions[call.node.op])(*value))
+    return [result.reshape(1) if call.attr("keepdims", 1) else result]

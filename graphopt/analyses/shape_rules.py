@@ -404,7 +404,7 @@ def _array(items: Any) -> Values:
 @_value_of("Constant")
 def _constant_value(call: Call) -> Sequence[Any]:
     for name, value in call.node.attrs.items():
-        if name == "value" and isinstance(value, gs.Constant) and math.prod(value.shape) <= MAXVALUE_RULES:
+        if name == "value" and isinstance(value, gs.Constant) and math.prod(value.shape) <= MAX_VALUES:
             return [np.asarray(value.values).astype(object)]
         if name == "value_int":
             return [_array(int(value))]
@@ -455,7 +455,7 @@ def _final_shape(call: Call) -> tuple[int, ...] | None:
     if shape is None:
         return None
     numbers = tuple(d for d in shape if isinstance(d, int))
-    return numbers if len(numbers) == len(shape) and math.prod(numbers) <= MAXVALUE_RULES else None
+    return numbers if len(numbers) == len(shape) and math.prod(numbers) <= MAX_VALUES else None
 
 
 @_value_of("Concat")
@@ -600,7 +600,7 @@ def _filled_value(call: Call) -> Sequence[Any]:
     fill = call.attr("value")
     if (
         shape is None
-        or math.prod(shape) > MAXVALUE_RULES
+        or math.prod(shape) > MAX_VALUES
         or not isinstance(fill, gs.Constant)
         or np.dtype(fill.dtype).kind not in "iub"
     ):
@@ -615,7 +615,7 @@ def _range_value(call: Call) -> Sequence[Any]:
         return []
     start, limit, delta = (b[0] for b in bounds if b is not None)
     items = range(start, limit, delta)
-    return [_array(list(items))] if len(items) <= MAXVALUE_RULES else []
+    return [_array(list(items))] if len(items) <= MAX_VALUES else []
 
 
 @_value_of("ReduceProd", "ReduceSum", "ReduceMax", "ReduceMin")

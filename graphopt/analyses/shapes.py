@@ -87,7 +87,7 @@ class Shapes:
     def _constant(self, tensor: gs.Constant) -> Info:
         shape: Shape = tuple(int(d) for d in tensor.shape)
         value = None
-        if math.prod(tensor.shape) <= MAXVALUE_RULES and np.dtype(tensor.dtype).kind in "iub":
+        if math.prod(tensor.shape) <= MAX_VALUES and np.dtype(tensor.dtype).kind in "iub":
             value = np.asarray(tensor.values).astype(object)
         return Info(np.dtype(tensor.dtype), shape, value)
 
@@ -148,7 +148,7 @@ class Shapes:
         values = VALUE_RULES.get(node.op)
         if values is not None and infos and all(i.dtype is None or i.dtype.kind in "iub" for i in infos):
             for index, value in enumerate(values(call) or ()):
-                if value is not None and value.size <= MAXVALUE_RULES:
+                if value is not None and value.size <= MAX_VALUES:
                     infos[index] = Info(infos[index].dtype, tuple(value.shape), value)
         return infos
 

@@ -21,8 +21,10 @@ from graphopt.pass_base import Context, Pass
 
 @dataclass(frozen=True)
 class EliminateNop(Pass):
-    """Remove nodes that change nothing: Cast to the same dtype, Reshape to the same shape, Transpose in order, Slice of everything,
-    Pad by nothing, Expand to the same shape, Concat and Split of one, Dropout, x * 1, and the like.
+    """Remove nodes that change nothing.
+
+    Cast to the same dtype, Reshape and Expand to the same shape, Transpose in order, Slice of everything, Pad by nothing, Concat and
+    Split of one, Dropout, x * 1, and the like.
 
     Before:
         g (float[N,3] x) => (float[N,3] y)

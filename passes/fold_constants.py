@@ -136,7 +136,7 @@ class _Plan:
             allowed = self.options.max_value
             if self.options.budget is not None:
                 allowed = min(allowed, given + self.options.budget)
-            size = _output_bytes(self.model, node, operands)
+            size = _output_bytes(self.model, node, operands, allowed)
             if size is None and self.options.budget is not None:
                 return "constant, but of unknown size; allow it with fold-constants{budget=none}"
             if size is not None and size > allowed:
@@ -251,11 +251,11 @@ def _constant(node: Node) -> list[Array] | None:
     return None
 
 
-def _output_bytes(model: Model, node: Node, operands: list[Array | None]) -> int | None:
+def _output_bytes(model: Model, node: Node, operands: list[Array | None], allowed: int) -> int | None:
     """Bytes that computing `node` would make, by onnx's shape inference on this node alone; None where it cannot tell."""
     if node.op in _BOUNDED:
         bound = math.prod(max(1, a.size) for a in operands if a is not None) * 64  # eight int64 an element: NonZero
-        if bound <= _SMALL:
+        if bound <= min(_SMALL, allowed):
             return bound
     graph = Graph(name="size")
     inputs: list[gs.Tensor] = []

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from graphopt import verify
+from graphopt import ort_values, verify
 from graphopt.backend import Arrays, Artifact, Availability, Backend, BuildOptions, Progress, Session, check_shapes
 from graphopt.equivalence import check_feeds
 from graphopt.errors import BackendUnavailable, InvalidModel, UnknownTarget, UnsupportedModel, UsageError
@@ -117,7 +117,7 @@ class OrtSession(Session):
         """Compute all outputs, by name."""
         check_feeds(self.inputs, feeds)
         try:
-            values = self._session.run(None, dict(feeds))
+            values = ort_values.run(self._session, feeds)
         except Exception as error:
             raise UsageError(f"ONNX Runtime failed on these inputs: {_reason(error)}") from None
         return dict(zip((s.name for s in self.outputs), values, strict=True))
@@ -127,7 +127,7 @@ def _reason(error: Exception) -> str:
     """ONNX Runtime's words without its codes and source places."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"(/\S+/)?[\w.]+\.(cc|h):\d+ \S+(?=[ :])", "", text)
+    text = re.sub(r"\S+\.(cc|h):\d+ (\S*\([^()]*\)|[^ (]+ [^ (]*\([^()]*\)|\S+) ", "", text)
     return " ".join(text.split())[:400].strip(" .:")
 
 
@@ -153,19 +153,12 @@ def _level(options: BuildOptions) -> str:
     return level
 
 
-_DTYPES: Final = {"float": "float32", "double": "float64"} | {
-    name.replace("_", ""): name for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
-}  # ONNX Runtime's names where they are not NumPy's
-
-
 def _spec(value: Any) -> TensorSpec:
     """ONNX Runtime's description, ``tensor(float)``, as a TensorSpec."""
-    kind = str(value.type)
-    if not kind.startswith("tensor("):
+    dtype = ort_values.dtype_of(value.type)
+    if dtype is None:
         return TensorSpec(value.name, None, None)
-    name = kind.removeprefix("tensor(").removesuffix(")")
-    shape = tuple(d if isinstance(d, int | str) else None for d in value.shape)
-    return TensorSpec(value.name, _DTYPES.get(name, name), shape)
+    return TensorSpec(value.name, dtype, tuple(d if isinstance(d, int | str) else None for d in value.shape))
 
 
 @functools.cache

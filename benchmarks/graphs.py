@@ -186,7 +186,7 @@ def materialized(model: onnx.ModelProto) -> onnx.ModelProto:
         weights.append(numpy_helper.from_array(_weight(rng, shape, *roles.get(name, ("", 1))), name))
     used = {name for node in kept for name in node.input}
     initializers = [t for t in graph.initializer if t.name in used]
-    inputs = [value for value in required_inputs(model)]
+    inputs = required_inputs(model)
     del graph.node[:], graph.input[:]
     graph.node.extend(kept)
     graph.input.extend(inputs)
@@ -203,7 +203,7 @@ def _weight(rng: np.random.Generator, shape: tuple[int, ...], op: str, index: in
     if op in ("Mul", "Unsqueeze"):  # DenseNet's scale after BatchNormalization; its shift does no harm there
         return rng.uniform(0.5, 1.0, shape).astype(np.float32)
     fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 100
-    return (rng.standard_normal(shape) * np.sqrt(2 / fan_in)).astype(np.float32)
+    return np.asarray(rng.standard_normal(shape) * np.sqrt(2 / fan_in), np.float32)
 
 
 def exported(net: str, dialect: str) -> onnx.ModelProto:
@@ -214,8 +214,8 @@ def exported(net: str, dialect: str) -> onnx.ModelProto:
     """
     if importlib.util.find_spec("torch") is None:
         raise UsageError(
-            "making the torch graphs needs torch: pip install -r benchmarks/requirements.txt, or name an environment that "
-            "has it with --python"
+            "making the torch graphs needs torch: run python -m benchmarks.graphs in an environment that has it, see "
+            "benchmarks/requirements.txt"
         )
     import torch
 

@@ -82,10 +82,15 @@ class Peer:
 
     snippet: str
     package: str
+    heading: str = ""  # of its column; its name where empty
     compiled: bool = False  # the work is done in C++: no competitor in CPU seconds, only a reference
 
 
-_SLIM: Final = "import sys; {hide}import onnxslim; onnxslim.slim(sys.argv[1], sys.argv[2])"
+# None in sys.modules hides an installed package from import and from find_spec. torch is what benchmarks.graphs needs; onnxsim
+# and polygraphy would import it where it is, for 2 CPU seconds and 250 MB that their users without torch do not pay.
+_HIDE: Final = "import sys; sys.modules[{!r}] = None; "
+_NO_TORCH: Final = _HIDE.format("torch")
+_SLIM: Final = "import onnxslim; onnxslim.slim(sys.argv[1], sys.argv[2])"
 PEERS: Final[dict[str, Peer]] = {
     OURS: Peer(
         "import runpy, sys; sys.argv = ['graphopt', 'opt', sys.argv[1], '-o', sys.argv[2], '-O2']; "
@@ -97,12 +102,12 @@ PEERS: Final[dict[str, Peer]] = {
         "onnxsim",
         compiled=True,
     ),
-    # onnxslim looks for onnxruntime with find_spec; a None in sys.modules hides an installed one from that as from import
-    "onnxslim": Peer(_SLIM.format(hide="sys.modules['onnxruntime'] = None; "), "onnxslim"),
-    "onnxslim_ort": Peer(_SLIM.format(hide=""), "onnxslim"),
+    "onnxslim": Peer(_HIDE.format("onnxruntime") + _SLIM, "onnxslim", heading="onnxslim\nno ORT"),
+    "onnxslim_ort": Peer(_SLIM, "onnxslim", heading="onnxslim\n+ ORT"),
     "onnxscript": Peer(
         "import sys, onnx, onnxscript.optimizer as o; onnx.save(o.optimize(onnx.load(sys.argv[1])), sys.argv[2])",
         "onnxscript",
+        heading="onnx\nscript",
     ),
     "ort_basic": Peer(
         "import sys, onnxruntime as ort; options = ort.SessionOptions(); "
@@ -110,6 +115,7 @@ PEERS: Final[dict[str, Peer]] = {
         "options.optimized_model_filepath = sys.argv[2]; "
         "ort.InferenceSession(sys.argv[1], options, providers=['CPUExecutionProvider'])",
         "onnxruntime",
+        heading="ORT\nbasic",
         compiled=True,
     ),
     "polygraphy": Peer(
@@ -117,10 +123,12 @@ PEERS: Final[dict[str, Peer]] = {
         "sys.argv = ['polygraphy', 'surgeon', 'sanitize', '--fold-constants', sys.argv[1], '-o', sys.argv[2]]; "
         "sys.exit(main())",
         "polygraphy",
+        heading="poly\ngraphy",
     ),
     "onnxoptimizer": Peer(
         "import sys, onnx, onnxoptimizer; onnx.save(onnxoptimizer.optimize(onnx.load(sys.argv[1])), sys.argv[2])",
         "onnxoptimizer",
+        heading="onnx\noptimizer",
         compiled=True,
     ),
 }
@@ -297,7 +305,7 @@ def judge(original: Path, result: Path, reference: Path, allowed: float) -> Find
     except Exception as error:
         return Finding(broken=[f"cannot be read: {_line(error)}"])
     broken, flaws = interface(before, after)
-    operators = histogram(after)
+    operators = dict(histogram(after))  # asdict cannot copy a Counter
     foreign = {op.rpartition(".")[0] for op in operators} - {op.rpartition(".")[0] for op in histogram(before)}
     flaws += [f"operators of {domain or 'ai.onnx'}" for domain in sorted(foreign)]
     size = sum(file.stat().st_size for file in result.parent.iterdir())
@@ -315,8 +323,15 @@ def judge(original: Path, result: Path, reference: Path, allowed: float) -> Find
             broken.append(f"does not run: {_line(error)}")
     if worst is not None and worst.relative > allowed:
         broken.append(f"output {worst.name!r} differs by {worst.relative:.2g} of its magnitude {worst.note}".strip())
-    gap = (min(worst.max_abs, 1e300), min(worst.relative, 1e300)) if worst else (None, None)  # JSON has no infinity
-    return Finding(operators, size, broken, flaws, *gap, len(samples))
+    return Finding(
+        operators,
+        size,
+        broken,
+        flaws,
+        max_abs=min(worst.max_abs, 1e300) if worst else None,  # JSON has no infinity
+        relative=min(worst.relative, 1e300) if worst else None,
+        samples=len(samples),
+    )
 
 
 def _worst(result: str, reference: Path) -> tuple[equivalence.Difference | None, dict[str, Any]]:
@@ -366,7 +381,7 @@ def contest(
             (home / name).mkdir()
             calls[name] = functools.partial(
                 peer_process,
-                PEERS[name].snippet,
+                _NO_TORCH + PEERS[name].snippet,
                 graph.path,
                 home / name / "result.onnx",
                 timeout=timeout,
@@ -462,7 +477,7 @@ Results = dict[str, tuple[Graph, dict[str, Any], dict[str, Outcome]]]
 
 def nodes_table(results: Results, peers: Sequence[str]) -> Table:
     """Graphs down, tools across: nodes, and what is wrong with them."""
-    columns = [Column("graph", "graph"), Column("original", "original", "d"), *(Column(p, p, ">") for p in peers)]
+    columns = [Column("graph", "graph"), Column("original", "before", "d"), *_columns(peers, ">")]
     note = (
         "Nodes without Constants. * flawed: numbers agree, but the checker rejects it or it declares other dimensions; "
         "wrong, failed: see the reasons below."
@@ -480,6 +495,10 @@ def nodes_table(results: Results, peers: Sequence[str]) -> Table:
         for name, (_, facts, outcomes) in results.items()
     }
     return table
+
+
+def _columns(peers: Sequence[str], spec: str) -> list[Column]:
+    return [Column(name, PEERS[name].heading or name, spec) for name in peers]
 
 
 def _nodes_text(outcome: Outcome) -> str:
@@ -500,7 +519,7 @@ def _raw(outcome: Outcome) -> dict[str, Any]:
 
 def number_table(title: str, results: Results, peers: Sequence[str], key: str, spec: str, note: str) -> Table:
     """Graphs down, tools across, one number of each outcome."""
-    table = Table(title, [Column("graph", "graph"), *(Column(p, p, spec) for p in peers)], note)
+    table = Table(title, [Column("graph", "graph"), *_columns(peers, spec)], note)
     for name, (_, _, outcomes) in results.items():
         table.add(graph=name, **{peer: _number(outcome, key) for peer, outcome in outcomes.items()})
     return table

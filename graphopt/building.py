@@ -246,9 +246,13 @@ def samples(model: Model, seed: int = 0, shapes: Mapping[str, ShapeRange] | None
     rest = {name: wanted for name, wanted in shapes.items() if name not in values}
     for number, feeds in enumerate(equivalence.input_samples(model, seed=seed, shapes=rest)):
         for name, spec in values.items():
-            wanted = (shapes[name].opt, shapes[name].min, shapes[name].max)[number % 3]
-            feeds[name] = np.asarray(wanted, spec.dtype).reshape([d for d in spec.shape or () if isinstance(d, int)])
+            feeds[name] = value_array(spec, (shapes[name].opt, shapes[name].min, shapes[name].max)[number % 3])
         yield feeds
+
+
+def value_array(spec: TensorSpec, values: Sequence[int]) -> np.ndarray[Any, Any]:
+    """What to feed to an input that holds a shape."""
+    return np.asarray(values, spec.dtype).reshape([d for d in spec.shape or () if isinstance(d, int)])
 
 
 def _manifest(request: Request, built: Sequence[_Built], folder: Path) -> dict[str, Any]:

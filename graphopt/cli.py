@@ -28,7 +28,7 @@ from graphopt.errors import GraphoptError, InternalError, OutputError, UsageErro
 if TYPE_CHECKING:
     from graphopt.backend import BuildOptions, Progress, ShapeRange
     from graphopt.bundle import BundleSession
-    from graphopt.ir import Model
+    from graphopt.ir import Model, TensorSpec
     from graphopt.pipeline import Instrument, Pipeline
     from graphopt.target import Target
 
@@ -181,8 +181,8 @@ def _ranges(texts: Sequence[str] | None) -> dict[str, ShapeRange]:
     return ranges
 
 
-def _arrays(path: Path | None) -> list[dict[str, Any]] | None:
-    """One sample from an .npz file.
+def _arrays(path: Path | None, inputs: Sequence[TensorSpec]) -> list[dict[str, Any]] | None:
+    """One sample for `inputs` from an .npz file, which keeps bfloat16 and its like as plain bytes.
 
     Raises:
         UsageError: the file cannot be read, or holds pickled objects.
@@ -190,6 +190,7 @@ def _arrays(path: Path | None) -> list[dict[str, Any]] | None:
     import zipfile
     import zlib
 
+    import ml_dtypes
     import numpy as np
 
     if path is None:
@@ -201,7 +202,11 @@ def _arrays(path: Path | None) -> list[dict[str, Any]] | None:
             for name in archive.namelist():
                 with archive.open(name) as file:
                     feeds[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
-            return [feeds]
+        for spec in inputs:
+            array = feeds.get(spec.name)
+            if array is not None and array.dtype.kind == "V" and spec.dtype is not None:
+                feeds[spec.name] = array.view(np.dtype(getattr(ml_dtypes, spec.dtype, spec.dtype)))
+        return [feeds]
     except OSError as error:
         raise UsageError(f"cannot read {what}: {error.strerror or error}; name an .npz file of inputs") from None
     except zipfile.BadZipFile:
@@ -349,10 +354,11 @@ def build(
         version_compatible=version_compatible,
         hardware_compatible=hardware_compatible,
     )
-    feeds = _arrays(data)
+    loaded = _load(model)
+    feeds = _arrays(data, loaded.inputs)
     with _progress_bar() as progress:
         bundle = building.build(
-            _load(model),
+            loaded,
             output,
             targets,
             pipeline,
@@ -445,7 +451,7 @@ def opt(
     report: ReportFile = None,
 ) -> None:
     """Run passes alone: ONNX in, ONNX out."""
-    from graphopt import instruments, ir, verify
+    from graphopt import equivalence, instruments, ir, verify
     from graphopt.evaluate import evaluate_node
     from graphopt.pass_base import Context
 
@@ -460,7 +466,9 @@ def opt(
     loaded = _load(model)
     verify.cycles(loaded)
     verify.operators(loaded, allow_domain or ())
-    feeds = _arrays(data)
+    feeds = _arrays(data, loaded.inputs)
+    for sample in feeds or ():
+        equivalence.check_feeds(loaded.inputs, sample)
     timing, statistics = instruments.Timing(), instruments.Statistics()
     stack: list[Instrument] = [instruments.Verify(), timing, statistics]
     if check:
@@ -638,12 +646,19 @@ def compare(
     report: ReportFile = None,
 ) -> None:
     """Run two models, as written, on the same inputs; exit with 1 when they differ."""
-    from graphopt import equivalence
+    from graphopt import building, equivalence
+    from graphopt.backend import check_shapes
 
+    _check_place(report)
     ranges = _ranges(shape)
-    found = equivalence.compare(
-        _load(first), _load(second), feeds=_arrays(data), allowed=tolerance, seed=seed, shapes=ranges
-    )
+    reference, candidate = _load(first), _load(second)
+    check_shapes(reference, ranges)
+    feeds = _arrays(data, reference.inputs)
+    for sample in feeds or ():
+        equivalence.check_feeds(reference.inputs, sample)
+    if feeds is None and ranges:
+        feeds = list(building.samples(reference, seed, ranges))
+    found = equivalence.compare(reference, candidate, feeds=feeds, allowed=tolerance, seed=seed)
     table = Table("output", "max abs diff", "relative", "note")
     for gap in found.differences:
         table.add_row(escape(gap.name), f"{gap.max_abs:.3g}", f"{gap.relative:.3g}", escape(gap.note))
@@ -673,12 +688,14 @@ def run_bundle(
 
     _check_place(output)
     session = _open(bundle, target, threads)
-    feeds = (_arrays(data) or [_generated(session, seed, None)])[0]
-    results: dict[str, Any] = session.run(feeds)
+    feeds = (_arrays(data, session.inputs) or [_generated(session, seed, None)])[0]
+    results = _first_run(session, feeds, data is None)
     table = Table("output", "dtype", "shape", "min", "mean", "max")
     for name, value in results.items():
         if not isinstance(value, np.ndarray | np.generic):
-            table.add_row(escape(name), type(value).__name__, "-" if value is None else f"{len(value)} elements", "-", "-", "-")
+            table.add_row(
+                escape(name), type(value).__name__, "-" if value is None else f"{len(value)} elements", "-", "-", "-"
+            )
             continue
         array = np.asarray(value)
         numeric = array.size > 0 and (array.dtype.kind in "fiu" or array.dtype.name == "bfloat16")
@@ -702,12 +719,26 @@ def _open(path: Path, target: str | None, threads: int | None, spinning: bool = 
 
 def _generated(session: BundleSession, seed: int, ranges: dict[str, ShapeRange] | None) -> dict[str, Any]:
     from graphopt import equivalence
+    from graphopt.backend import takes_values
+    from graphopt.building import value_array
     from graphopt.ir import TensorSpec
 
     variant = session.variant
     known = {**(variant.shapes if variant else {}), **(ranges or {})}
-    specs = [TensorSpec(s.name, s.dtype, known[s.name].opt) if s.name in known else s for s in session.inputs]
-    return equivalence.generate_inputs(specs, seed=seed)
+    values = {s.name: s for s in session.inputs if s.name in known and takes_values(s, known[s.name])}
+    shapes = {name: wanted.opt for name, wanted in known.items() if name not in values}
+    specs = [TensorSpec(s.name, s.dtype, shapes.get(s.name, s.shape)) for s in session.inputs]
+    feeds = equivalence.generate_inputs(specs, seed=seed)
+    return feeds | {name: value_array(spec, known[name].opt) for name, spec in values.items()}
+
+
+def _first_run(session: BundleSession, feeds: Mapping[str, Any], generated: bool) -> dict[str, Any]:
+    try:
+        return session.run(feeds)
+    except UsageError as error:
+        if generated:
+            raise UsageError(f"{error}; these inputs were generated, give others with --data FILE.npz") from None
+        raise
 
 
 @app.command()
@@ -730,10 +761,10 @@ def bench(
         name = str(path) if str(path) not in sessions else f"{path} ({len(sessions) + 1})"
         sessions[name] = _open(path, target if path.is_dir() else None, threads, spinning=False)
     first = next(iter(sessions.values()))
-    feeds = (_arrays(data) or [_generated(first, seed, ranges)])[0]
+    feeds = (_arrays(data, first.inputs) or [_generated(first, seed, ranges)])[0]
     runs = {name: functools.partial(session.run, feeds) for name, session in sessions.items()}
-    for call in runs.values():
-        call()
+    for session in sessions.values():
+        _first_run(session, feeds, data is None)
     timings = interleave(runs, rounds=rounds, seed=seed)
     table = Table("contestant", "median ms", "CPU ms", "ratio", "99 % interval", "p", "verdict")
     rows = timings.rows(baseline=next(iter(sessions)))

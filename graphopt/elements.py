@@ -184,6 +184,10 @@ class Constant(_ByIdentity, gs.Constant):  # type: ignore[misc]
                 values = values.astype(object)
             elif not values.dtype.isnative:
                 values = values.astype(values.dtype.newbyteorder("="))
+            try:
+                onnx_dtype(values.dtype)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(f"constant {name!r}: {error}") from None
             if values.flags.writeable:
                 values = values.view()
                 values.flags.writeable = False

@@ -82,7 +82,7 @@ class FoldShapes(Pass):
             if node.op == "Expand":
                 behind = axis - len(result) + len(source)
                 same = behind >= 0 and source[behind] == dim
-            if not isinstance(dim, Expr) and (dim != 0 or same or node.op == "Expand"):
+            if not isinstance(dim, Expr) and (dim != 0 or node.op == "Expand"):
                 target.append(dim)
             elif same:
                 target.append(1 if node.op == "Expand" else 0)
@@ -91,11 +91,12 @@ class FoldShapes(Pass):
             else:
                 ctx.remark(node, f"needs dimension {dim} at run time")
                 return 0
-        if node.attrs.get("allowzero", 0) and 0 in target:
-            ctx.remark(node, "allowzero keeps 0 from copying a dimension")
-            return 0
         if not ctx.admit():
             return 0
+        if node.op == "Reshape" and 0 in target:
+            node.attrs.pop(
+                "allowzero", None
+            )  # every 0 in the new target copies, and no dimension of the result is the number 0
         node.inputs[1] = edit.constant(node.inputs[1].name, np.array(target, np.int64))
         return 1
 

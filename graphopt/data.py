@@ -1,0 +1,343 @@
+"""Calibration data: samples from files or from Python, a piece at a time, so that memory does not grow with their number.
+
+    calib.npz            input name -> samples on the first axis; read in pieces, compressed or not
+    folder/              such files, in the order of their names; each file may have shapes of its own
+    x.npy                samples of a model with one input, mapped
+    package.mod:name     a callable, or an iterable, that gives one mapping of input name -> array for each call of the model
+
+The first axis of a stored array counts samples. Where the model's input has as many dimensions as the array, samples are the slices
+along that axis, fed several at once if the model's first dimension is free and in groups of that dimension if it is fixed; where the
+input has one dimension less, each sample is fed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import sys
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+import numpy as np
+
+from graphopt.errors import UsageError
+from graphopt.ir import TensorSpec, dtype_name
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+
+_PIECE: Final = 16 << 20  # bytes that are read from a file at once
+
+
+class Data(ABC):
+    """A source of samples that can be read again and again."""
+
+    name: str  # for messages
+    count: int | None  # samples, where known without reading them all
+
+    @abstractmethod
+    def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
+        """What the model is called with, in order: up to `batch` samples at once, `limit` samples in all.
+
+        Raises:
+            UsageError: samples that do not fit the model, or hold NaN or infinity.
+        """
+
+    def digest(self) -> str:
+        """sha256 over all samples."""
+        found = hashlib.sha256()
+        for feeds in self.feeds():
+            for name in sorted(feeds):
+                found.update(f"{name} {feeds[name].dtype} {feeds[name].shape} ".encode())
+                found.update(np.ascontiguousarray(feeds[name]).tobytes())
+        return found.hexdigest()
+
+    def head(self, count: int) -> ArrayData:
+        """The first `count` samples, in memory.
+
+        Raises:
+            UsageError: the shapes differ among them.
+        """
+        first = list(self.feeds(1, count))
+        return ListData(f"{count} samples of {self.name}", first)  # type: ignore[return-value]
+
+
+class _Member(ABC):
+    """The samples of one input, read front to back."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def slices(self, batch: int) -> Iterator[Array]:
+        """Consecutive slices of `batch` samples; the last may be shorter."""
+
+
+class _InMemory(_Member):
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def slices(self, batch: int) -> Iterator[Array]:
+        for start in range(0, len(self.array), batch):
+            yield np.asarray(self.array[start : start + batch])
+
+
+class _Zipped(_Member):
+    """One array of an .npz file, decompressed as it is read."""
+
+    def __init__(self, path: Path, member: str) -> None:
+        self.path, self.member = path, member
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            self.shape, fortran, self.dtype = _header(file, f"{str(path)!r}: {member}")
+        if fortran and len(self.shape) > 1:
+            raise UsageError(f"{str(path)!r}: {member} is in Fortran order; store np.ascontiguousarray of it")
+
+    def slices(self, batch: int) -> Iterator[Array]:
+        size = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+            _header(file, self.member)
+            for start in range(0, self.shape[0], batch):
+                count = min(batch, self.shape[0] - start)
+                raw = _exactly(file, count * size, self.path)
+                yield np.frombuffer(raw, self.dtype).reshape(count, *self.shape[1:])
+
+
+def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = reader(file)
+    except ValueError as error:
+        raise UsageError(f"{where} is no NumPy array ({error})") from None
+    if dtype.hasobject:
+        raise UsageError(f"{where} holds Python objects; store numbers")
+    return shape, fortran, dtype
+
+
+def _exactly(file: IO[bytes], count: int, path: Path) -> bytes:
+    parts = []
+    while count:
+        part = file.read(min(count, _PIECE))
+        if not part:
+            raise UsageError(f"{str(path)!r} is truncated")
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class ArrayData(Data):
+    """Samples on the first axis of one array for each input."""
+
+    def __init__(self, name: str, members: Mapping[str, _Member | Array], inputs: Sequence[TensorSpec]) -> None:
+        """Check names, dtypes and shapes against `inputs`.
+
+        Raises:
+            UsageError: they do not fit.
+        """
+        self.name = name
+        arrays = {k: m if isinstance(m, _Member) else _InMemory(m) for k, m in members.items()}
+        wanted = {spec.name: spec for spec in inputs}
+        missing = [n for n in wanted if n not in arrays]
+        if missing and len(wanted) == 1 and len(arrays) == 1:  # one array for the one input: its name does not matter
+            arrays = {missing[0]: next(iter(arrays.values()))}
+            missing = []
+        if missing:
+            raise UsageError(
+                f"{name} lacks samples for {', '.join(map(repr, missing))}; it holds {', '.join(map(repr, arrays)) or 'nothing'}, "
+                f"the model takes {', '.join(map(str, inputs))}"
+            )
+        self._members = {n: arrays[n] for n in wanted}
+        counts = {n: (m.shape[0] if m.shape else 0) for n, m in self._members.items()}
+        if len(set(counts.values())) > 1:
+            raise UsageError(f"{name}: the inputs have different numbers of samples on their first axis: {counts}")
+        self.count = next(iter(counts.values()), 0)
+        if not self.count:
+            raise UsageError(f"{name} holds no samples")
+        self._single = False
+        self._group: int | None = None
+        for n, member in self._members.items():
+            self._check(wanted[n], member)
+        if self._group is not None and self.count < self._group:
+            raise UsageError(f"{name} holds {self.count} samples, the model takes {self._group} at once")
+
+    def _check(self, spec: TensorSpec, member: _Member) -> None:
+        where = f"{self.name}: input {spec.name!r}"
+        if spec.dtype is not None and dtype_name(member.dtype) != spec.dtype:
+            hint = " (scale and normalise the images as the model expects)" if member.dtype == np.uint8 else ""
+            raise UsageError(f"{where} is {dtype_name(member.dtype)}, the model takes {spec}; convert it with .astype{hint}")
+        if spec.shape is None:
+            return
+        rank = len(member.shape)
+        if rank == len(spec.shape) + 1:
+            dims: Sequence[int | str | None] = spec.shape
+            self._single = True
+        elif rank == len(spec.shape):
+            dims = spec.shape[1:]
+            first = spec.shape[0] if spec.shape else None
+            if isinstance(first, int):
+                self._group = first if self._group is None else max(first, self._group)
+        else:
+            raise UsageError(f"{where} has shape {list(member.shape)}, the model takes {spec}: samples lie on the first axis")
+        for have, dim in zip(member.shape[1:], dims, strict=True):
+            if isinstance(dim, int) and dim != have:
+                raise UsageError(f"{where} has samples of shape {list(member.shape[1:])}, the model takes {spec}")
+
+    def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
+        """Up to `batch` samples at once; where the model fixes the number, that many, and what is left over is not fed."""
+        size = 1 if self._single else self._group or max(1, batch)
+        left = self.count if limit is None else min(limit, self.count or 0)
+        assert left is not None
+        done = 0
+        streams = {n: m.slices(size) for n, m in self._members.items()}
+        for pieces in zip(*streams.values(), strict=True):
+            feeds = dict(zip(streams, pieces, strict=True))
+            count = len(pieces[0])
+            if done + count > left and self._group is None:
+                count = left - done
+                feeds = {n: a[:count] for n, a in feeds.items()}
+            if count < 1 or (self._group is not None and count < self._group) or done >= left:
+                break
+            _finite(feeds, f"{self.name}: samples {done} to {done + count - 1}")
+            yield {n: a[0] for n, a in feeds.items()} if self._single else feeds
+            done += count
+
+
+class ListData(Data):
+    """Feeds as the model takes them; each is one call of the model."""
+
+    def __init__(self, name: str, feeds: Sequence[Arrays]) -> None:
+        self.name = name
+        self._feeds = list(feeds)
+        self.count = len(self._feeds)
+
+    def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
+        """One by one, whatever `batch` says."""
+        for number, feeds in enumerate(self._feeds[:limit]):
+            _finite(feeds, f"{self.name}: feed {number}")
+            yield feeds
+
+
+class FolderData(Data):
+    """The samples of several files, one after the other."""
+
+    def __init__(self, name: str, parts: Sequence[Data]) -> None:
+        self.name = name
+        self.parts = parts
+        self.count = sum(p.count or 0 for p in parts)
+
+    def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
+        """File by file; a batch never reaches over two files."""
+        left = limit
+        for part in self.parts:
+            if left is not None and left <= 0:
+                return
+            yield from part.feeds(batch, left)
+            if left is not None:
+                left -= part.count or 0
+
+
+class CallableData(Data):
+    """What a callable of the user's gives, asked anew for each reading."""
+
+    def __init__(self, name: str, make: Callable[[], Iterable[Arrays]], inputs: Sequence[TensorSpec]) -> None:
+        self.name, self._make, self._inputs = name, make, inputs
+        self.count = None
+
+    def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
+        """One by one, whatever `batch` says: the callable decides."""
+        from graphopt.equivalence import check_feeds
+
+        number = -1
+        for number, given in enumerate(self._make()):
+            if limit is not None and number >= limit:
+                return
+            if not isinstance(given, Mapping):
+                raise UsageError(f"{self.name} gave {type(given).__name__}; give a mapping of input name -> array")
+            feeds = {n: np.asarray(a) for n, a in given.items()}
+            try:
+                check_feeds(self._inputs, feeds)
+            except UsageError as error:
+                raise UsageError(f"{self.name}, feed {number}: {error}") from None
+            _finite(feeds, f"{self.name}: feed {number}")
+            yield feeds
+        if number < 0:
+            raise UsageError(f"{self.name} gave no samples; give a callable that can be called again, not a used-up iterator")
+
+
+def _finite(feeds: Arrays, where: str) -> None:
+    for name, array in feeds.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise UsageError(f"{where}: input {name!r} holds NaN or infinity (first at {bad}); mend or drop that sample")
+
+
+def open_data(source: str | Path | Data | Mapping[str, Array], inputs: Sequence[TensorSpec]) -> Data:
+    """The samples that `source` names, checked against the inputs of a model.
+
+    Args:
+        source: a file, a folder, ``module:callable``, arrays with samples on the first axis, or a `Data`.
+        inputs: what the model takes.
+
+    Raises:
+        UsageError: there is no such thing, or it does not fit the model.
+    """
+    if isinstance(source, Data):
+        return source
+    if isinstance(source, Mapping):
+        return ArrayData("the data", {n: np.asarray(a) for n, a in source.items()}, inputs)
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix == ".npz")
+        if not files:
+            raise UsageError(f"calibration data {str(path)!r} holds no .npz files")
+        return FolderData(str(path), [_file(p, inputs) for p in files])
+    if path.is_file():
+        return _file(path, inputs)
+    module, separator, attribute = str(source).partition(":")
+    if separator and attribute.replace(".", "").replace("_", "").isalnum() and "/" not in module:
+        return _callable(str(source), module, attribute, inputs)
+    raise UsageError(
+        f"calibration data {str(source)!r}: no such file or folder; give an .npz file (input name -> samples on the first axis), "
+        "a folder of them, an .npy file, or module:callable"
+    )
+
+
+def _file(path: Path, inputs: Sequence[TensorSpec]) -> Data:
+    where = f"calibration data {str(path)!r}"
+    if path.suffix == ".npy":
+        if len(inputs) != 1:
+            raise UsageError(f"{where} is one array, the model takes {', '.join(map(str, inputs))}: store an .npz file")
+        try:
+            return ArrayData(where, {inputs[0].name: np.load(path, mmap_mode="r")}, inputs)
+        except ValueError as error:
+            raise UsageError(f"{where} is no NumPy array ({error})") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith(".npy")]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{where} cannot be read as an .npz file ({error}); write it with np.savez") from None
+    known = {spec.name for spec in inputs}
+    wanted = {n.removesuffix(".npy"): n for n in names}
+    if known & wanted.keys():  # labels and other arrays beside the inputs are not read
+        wanted = {n: f for n, f in wanted.items() if n in known}
+    return ArrayData(where, {n: _Zipped(path, f) for n, f in wanted.items()}, inputs)
+
+
+def _callable(source: str, module: str, attribute: str, inputs: Sequence[TensorSpec]) -> Data:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"calibration data {source!r}: {error}") from None
+    if callable(found):
+        return CallableData(source, found, inputs)
+    if isinstance(found, Sequence) or (isinstance(found, Iterable) and not isinstance(found, Iterator)):
+        return CallableData(source, lambda: found, inputs)
+    raise UsageError(f"calibration data {source!r} is a {type(found).__name__}; give a callable that returns an iterable of feeds")

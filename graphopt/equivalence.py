@@ -132,7 +132,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int
     if _is_float(name):
         return rng.standard_normal(shape).astype(dtype)
     if name.startswith("complex"):
-        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(dtype)
+        return np.asarray(rng.standard_normal(shape) + 1j * rng.standard_normal(shape), dtype)
     return rng.integers(0, high, shape).astype(dtype)
 
 

@@ -32,7 +32,9 @@ from graphopt.signature import Signature
 PRESETS: Final[dict[str, str]] = {
     "O0": "",
     "O1": "eliminate-identity,fold-constants,eliminate-dead",
-    "O2": "fixpoint(eliminate-identity,fold-constants,eliminate-common-subexpression),fuse-conv-bn,eliminate-dead,infer-shapes",
+    "O2": "lower-cast-like,"
+    "fixpoint(eliminate-identity,eliminate-nop,fold-constants,fold-shapes,eliminate-common-subexpression,rebuild-shapes),"
+    "fuse-bn-affine,fuse-conv-bn,eliminate-dead,infer-shapes",
     "O3": "O2",
     "default": "O3",
 }
@@ -227,7 +229,10 @@ class _Run:
             if isinstance(error, GraphoptError):
                 raise
             after = ",".join(r.pass_name for r in self.reports) or "none"
-            raise PassError(f"{name} failed ({type(error).__name__}: {error}); passes before it: {after}") from error
+            told = PassError(f"{name} failed ({type(error).__name__}: {error}); passes before it: {after}")
+            for note in getattr(error, "__notes__", ()):  # by instruments
+                told.add_note(note)
+            raise told from error
         self.reports.append(StepReport(name, rewrites, round_number))
         return rewrites
 

@@ -56,7 +56,9 @@ class _Structure:
         for tensor in graph.inputs:
             define(tensor, "an input")
         for constant in [*graph.initializers, *extra]:
-            if id(constant) not in inputs or local.get(constant.name) is not constant:
+            if id(constant) in inputs:
+                inputs.remove(id(constant))  # the default of that input
+            else:
                 define(constant, "an initializer")
         for node in graph.nodes:
             label = self.labels[id(node)] = f"node {node.name!r} ({node.op})"

@@ -86,7 +86,7 @@ class FoldShapes(Pass):
                 target.append(dim)
             elif same:
                 target.append(1 if node.op == "Expand" else 0)
-            elif node.op == "Reshape" and -1 not in target and _divides(result, axis):
+            elif isinstance(dim, Expr) and node.op == "Reshape" and -1 not in target and _divides(result, axis):
                 target.append(-1)
             else:
                 ctx.remark(node, f"needs dimension {dim} at run time")

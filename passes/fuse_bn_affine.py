@@ -1,10 +1,8 @@
-"""Batch normalization followed by a scale or a shift per channel is one batch normalization.
+"""``BN(x) * k + c`` is a BatchNormalization: inference-mode BN is ``x' * scale + bias`` with x' = (x - mean) / sqrt(var + epsilon), so
 
-Inference-mode BN is ``s * (x - mean) / sqrt(var + eps) + b`` per channel, so
+    BN(x) * k = x' * (scale * k) + bias * k            BN(x) + c = x' * scale + (bias + c)
 
-    BN(x) * k = BN with s * k, b * k        BN(x) + c = BN with b + c
-
-and the same with ``/ k`` and ``- c``. Caffe's BatchNorm-Scale pairs arrive as BatchNormalization, Mul, Add. Folded in float64, rounded once.
+Caffe writes each normalization as BatchNorm and Scale, which exporters turn into BatchNormalization, Mul and Add.
 """
 
 from __future__ import annotations
@@ -13,98 +11,97 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
+from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Exactness
-from graphopt.rewrite import Match, Op, RewritePass, const, op
+from graphopt.pass_base import Context, Exactness, Pass
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class FuseBatchNormAffine(RewritePass):
-    """Fold a Mul, Div, Add or Sub by constants per channel into the BatchNormalization before it.
+class FuseBnAffine(Pass):
+    """Fold per-channel constants that multiply, divide, are added or subtracted behind BatchNormalization into its scale and bias.
 
     Before:
-        g (float[N,2,4] x) => (float[N,2,4] y)
-        <float[2] s = {1, 2}, float[2] b = {0, 1}, float[2] m = {0, 0}, float[2] v = {1, 1}, float[2,1] k = {3, 4}>
+        g (float[1,2,3,3] x) => (float[1,2,3,3] y)
+        <float[2] s = {1, 2}, float[2] b = {0, 1}, float[2] m = {0, 0}, float[2] v = {1, 1},
+         float[2,1,1] k = {2, 3}, float[1,2,1,1] c = {4, 5}>
         { n = BatchNormalization (x, s, b, m, v)
-          y = Mul (n, k) }
+          a = Mul (n, k)
+          y = Add (a, c) }
     After:
-        g (float[N,2,4] x) => (float[N,2,4] y)
-        <float[2] s = {3, 8}, float[2] b = {0, 4}, float[2] m = {0, 0}, float[2] v = {1, 1}>
+        g (float[1,2,3,3] x) => (float[1,2,3,3] y)
+        <float[2] s = {2, 6}, float[2] b = {4, 8}, float[2] m = {0, 0}, float[2] v = {1, 1}>
         { y = BatchNormalization (x, s, b, m, v) }
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
-    pattern: ClassVar[Op] = op(
-        ("Mul", "Div", "Add", "Sub"),
-        op("BatchNormalization", "x", const("scale"), const("bias"), const("mean"), const("var"), name="bn"),
-        const("k"),
-        name="affine",
-        commutative=True,
-    )
 
-    def check(self, match: Match, model: Model) -> str | None:
-        """Why the constant cannot be folded, or None."""
-        bn, affine, k = match.nodes["bn"], match.nodes["affine"], match["k"]
-        if bn.attrs.get("training_mode", 0) or bn.attrs.get("spatial", 1) != 1:
-            return f"{bn.name!r} is no inference-mode normalization per channel"
-        if affine.op in ("Div", "Sub") and affine.inputs[0] is k:
-            return "the constant is on the left side"
-        channels = int(match["scale"].shape[0])
-        rank = None if affine.outputs[0].shape is None else len(affine.outputs[0].shape)
-        if _per_channel(match.value("k"), channels, rank) is None:
-            return f"{k.name!r} of shape {list(k.shape)} is not one value per channel"
-        if not all(np.isfinite(a).all() for a in _folded(match, channels, rank)):
-            return f"folding {k.name!r} would make scale or bias infinite or NaN"
-        return None
-
-    def rewrite(self, match: Match, edit: Editor) -> gs.Tensor:
-        """Insert the folded normalization."""
-        bn, affine = match.nodes["bn"], match.nodes["affine"]
-        rank = None if affine.outputs[0].shape is None else len(affine.outputs[0].shape)
-        scale, bias = _folded(match, int(match["scale"].shape[0]), rank)
-        operands = [match["x"], edit.constant(match["scale"].name, scale), edit.constant(match["bias"].name, bias)]
-        result = edit.variable(bn.outputs[0].name, affine.outputs[0])
-        fused = Node(bn.op, bn.name, dict(bn.attrs), [*operands, match["mean"], match["var"]], [result])
-        fused.attr_types = dict(bn.attr_types)
-        fused.carried = bn.carried
-        edit.insert_after(affine, fused, origin=(bn, affine))
-        return result
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep in topological order; returns the number of operators folded."""
+        shapes = ctx.analysis(Shapes, model)
+        edit = Editor(model)
+        fused = 0
+        for node in list(model.nodes()):
+            if node.op not in ("Add", "Sub", "Mul", "Div") or not node.is_onnx or model.opset < 9:
+                continue
+            for index in (0, 1) if node.op in ("Add", "Mul") else (0,):
+                bn = edit.producer(node.inputs[index])
+                if bn is not None and bn.is_onnx and bn.op == "BatchNormalization" and bn.outputs[0] is node.inputs[index]:
+                    break
+            else:
+                continue
+            folded = _folded(node, bn, index, shapes, edit)
+            if isinstance(folded, str):
+                ctx.remark(node, folded)
+                continue
+            if not ctx.admit():
+                break
+            result = node.outputs[0]
+            node.outputs.clear()
+            constants = [edit.constant(t.name, v) for t, v in zip(bn.inputs[1:3], folded, strict=True)]
+            new = Node(bn.op, bn.name, dict(bn.attrs), [bn.inputs[0], *constants, *bn.inputs[3:5]], [result])
+            new.attr_types = dict(bn.attr_types)
+            new.carried = bn.carried
+            edit.insert_before(node, new, origin=(bn, node))
+            edit.erase(node)
+            edit.erase(bn)
+            fused += 1
+        edit.commit()
+        return fused
 
 
-def _per_channel(values: np.ndarray[Any, Any], channels: int, rank: int | None) -> np.ndarray[Any, Any] | None:
-    """The constant as one value a channel, float64 [channels]; None where it does not vary along axis 1 alone.
-
-    A constant of rank r lies against the last r axes, so its channel axis is known only with the rank of the result, unless it is scalar.
-    """
-    if values.size == 1 and (rank is None or values.ndim <= rank):
-        return (
-            np.full(channels, float(values.reshape(())), np.float64) if values.ndim <= 1 or rank is not None else None
-        )
-    if rank is None or values.ndim > rank or values.ndim < rank - 1:
-        return None
-    shape = (1,) * (rank - values.ndim) + values.shape
-    if shape != (1, channels) + (1,) * (rank - 2):
-        return None
-    return values.reshape(channels).astype(np.float64)
-
-
-def _folded(match: Match, channels: int, rank: int | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Scale and bias of the folded normalization, in their dtypes."""
-    k = _per_channel(match.value("k"), channels, rank)
-    assert k is not None
-    scale, bias = match.value("scale"), match.value("bias")
-    wide_scale, wide_bias = scale.astype(np.float64), bias.astype(np.float64)
-    with np.errstate(all="ignore"):  # infinities are refused by check
-        match match.nodes["affine"].op:
-            case "Mul":
-                wide_scale, wide_bias = wide_scale * k, wide_bias * k
-            case "Div":
-                wide_scale, wide_bias = wide_scale / k, wide_bias / k
-            case "Add":
-                wide_bias = wide_bias + k
-            case _:
-                wide_bias = wide_bias - k
-        return wide_scale.astype(scale.dtype), wide_bias.astype(bias.dtype)
+def _folded(node: Node, bn: Node, index: int, shapes: Shapes, edit: Editor) -> tuple[Array, Array] | str:
+    """The new scale and bias, or why there are none."""
+    other = node.inputs[1 - index]
+    if not edit.is_fixed(other):
+        return f"{other.name!r} is not constant"
+    if edit.sole_consumer(bn.outputs[0]) is not node or edit.graph_of(bn) is not edit.graph_of(node):
+        return f"{bn.outputs[0].name!r} is read by others too"
+    if bn.attrs.get("training_mode", 0) or any(t.name for t in bn.outputs[1:]):
+        return f"{bn.name!r} runs in training mode"
+    if not all(edit.is_fixed(t) for t in bn.inputs[1:3]):
+        return f"scale or bias of {bn.name!r} is not constant"
+    rank = shapes.rank(bn.inputs[0])
+    if rank is None or rank < 2:
+        return f"the rank of {bn.inputs[0].name!r} is not known"
+    scale, bias = (t.values for t in bn.inputs[1:3])
+    if any(v.dtype.kind != "f" for v in (scale, bias)) or np.dtype(other.dtype).kind != "f":
+        return "folding is for float16, float32 and float64"
+    values, channels = other.values, int(scale.size)
+    uniform = values.ndim <= rank and values.size == 1
+    by_channel = rank - 1 <= values.ndim <= rank and values.shape[1 - rank] == channels == values.size
+    if not uniform and not by_channel:
+        return f"{other.name!r} of shape {list(values.shape)} is not constant per channel"
+    k = values.reshape(-1).astype(np.float64)
+    with np.errstate(all="ignore"):
+        s, b = scale.astype(np.float64), bias.astype(np.float64)
+        exact = {"Mul": (s * k, b * k), "Div": (s / k, b / k), "Add": (s, b + k), "Sub": (s, b - k)}[node.op]
+        new_scale, new_bias = exact[0].astype(scale.dtype), exact[1].astype(bias.dtype)
+    if not np.isfinite(new_scale).all() or not np.isfinite(new_bias).all():
+        return f"folding would make scale or bias infinite or NaN in {scale.dtype}"
+    if np.abs(new_scale - exact[0]).max(initial=0) > np.finfo(scale.dtype).eps * np.abs(exact[0]).max(initial=0):
+        return f"folding would make the scale too small for {scale.dtype}"
+    return new_scale, new_bias

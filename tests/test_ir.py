@@ -735,12 +735,12 @@ def test_a_model_of_4_gb_loads_in_300_mb(tmp_path):
 
 @pytest.mark.parametrize("external", [True, False])
 def test_saving_and_hashing_hold_no_weights(external, tmp_path):
-    path = large_model(tmp_path, tensors=4, elements=25_000_000)
+    path = large_model(tmp_path, tensors=4, elements=15_000_000)
     code = f"import os, sys; os.fsync = lambda d: None; from graphopt import ir; m = ir.load(sys.argv[1]); m.fingerprint(); ir.save(m, sys.argv[2], external={external})"
-    assert peak_mb(code, path, tmp_path / "out.onnx") < 300
-    assert sum(f.stat().st_size for f in tmp_path.glob("out.onnx*")) > 400e6
+    assert peak_mb(code, path, tmp_path / "out.onnx") < 150
+    assert sum(f.stat().st_size for f in tmp_path.glob("out.onnx*")) > 240e6
     code = "import sys; from graphopt import ir; ir.save(ir.load(sys.argv[1]), sys.argv[1] + '.2', external=True)"
-    assert peak_mb(code, tmp_path / "out.onnx") < 300
+    assert peak_mb(code, tmp_path / "out.onnx") < 150
 
 
 # --------------------------------------------------------------------------------------------------------- identity

@@ -1,0 +1,206 @@
+"""What calibration samples look like inside a model: exact extremes and a histogram of each tensor, in bounded memory.
+
+The model runs as it is in ONNX Runtime with the tensors in question as further outputs. How many samples run at once, and how many
+tensors are taken from one run, follows from a budget of bytes, so memory does not grow with the number of samples or tensors.
+
+A histogram has bins of one width, a power of two, with an edge at 0. When a value lies outside, the width doubles and neighbouring bins
+merge, which is exact: the outcome depends neither on the order of the samples nor on how they were batched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.data import Data
+from graphopt.errors import UnsupportedModel, UsageError
+from graphopt.ir import Model, saves
+
+Array = np.ndarray[Any, Any]
+
+BINS: Final = 8192  # of a histogram; at least a quarter of them lie within the range seen
+BUDGET: Final = 256 << 20  # bytes of tensors that one run may give
+MOST_AT_ONCE: Final = 32  # samples of a run
+COUNTED: Final = 1 << 17  # values of a tensor and run that go into the histogram; extremes see all
+_MEMORY: Final = 0.9  # of the moving averages
+
+Progress = Callable[[int, int | None], None]  # samples done, samples in all
+
+
+class Statistics:
+    """Of all values of one tensor."""
+
+    def __init__(self) -> None:
+        self.low, self.high = math.inf, -math.inf  # exact
+        self.average_low, self.average_high = math.nan, math.nan  # moving averages over runs
+        self.seen = 0  # values
+        self._counts = np.zeros(BINS, np.int64)
+        self._exponent: int | None = None  # bins are 2 ** exponent wide
+
+    def add(self, values: Array) -> None:
+        """Take in more values; NaN and infinity are the caller's to refuse."""
+        if not values.size:
+            return
+        flat = np.ravel(values)
+        low, high = float(flat.min()), float(flat.max())
+        if self.seen:
+            self.average_low = _MEMORY * self.average_low + (1 - _MEMORY) * low
+            self.average_high = _MEMORY * self.average_high + (1 - _MEMORY) * high
+        else:
+            self.average_low, self.average_high = low, high
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.seen += flat.size
+        largest = max(-low, high)
+        if largest == 0 and self._exponent is None:
+            return
+        self._reach(largest)
+        stride = -(-flat.size // COUNTED)
+        if stride > 1:
+            flat = flat[:: stride | 1]  # odd, so that no power-of-two period of a layout is followed
+        self._count(flat)
+
+    def _reach(self, largest: float) -> None:
+        if largest > 0:
+            needed = math.frexp(largest)[1] - int(math.log2(BINS // 2))  # largest < 2 ** (needed + log2(BINS / 2))
+            needed = max(needed, -120)
+            if self._exponent is None:
+                self._exponent = needed
+            while self._exponent < needed:
+                half = BINS // 2
+                merged = np.zeros_like(self._counts)
+                merged[half // 2 : half + half // 2] = self._counts.reshape(-1, 2).sum(axis=1)
+                self._counts = merged
+                self._exponent += 1
+
+    def _count(self, flat: Array) -> None:
+        assert self._exponent is not None
+        places = np.multiply(flat, np.float32(2.0**-self._exponent), dtype=np.float32)
+        places += np.float32(BINS // 2)
+        np.clip(places, 0, BINS - 1, out=places)
+        self._counts += np.bincount(places.astype(np.int32), minlength=BINS)
+
+    def histogram(self) -> tuple[Array, Array]:
+        """Edges and counts of the bins between the extremes; both empty where all values are 0."""
+        if self._exponent is None:
+            return np.zeros(0), np.zeros(0, np.int64)
+        used = np.flatnonzero(self._counts)
+        first, last = int(used[0]), int(used[-1])
+        width = 2.0**self._exponent
+        edges = (np.arange(first, last + 2) - BINS // 2) * width
+        return edges, self._counts[first : last + 1]
+
+
+class Runner:
+    """A model in ONNX Runtime with chosen tensors as its outputs."""
+
+    def __init__(self, model: Model, wanted: Sequence[str], optimize: bool = True) -> None:
+        """`wanted` are names of tensors of the root graph.
+
+        Raises:
+            UnsupportedModel: ONNX Runtime refuses the model.
+        """
+        import onnxruntime as ort
+
+        copy = model.clone()
+        tensors = root_tensors(copy)
+        copy.graph.outputs = [tensors[name] for name in wanted]
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if optimize else level.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        try:
+            self._session = ort.InferenceSession(saves(copy), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            told = " ".join(str(error).split())[:300]
+            raise UnsupportedModel(f"calibration needs ONNX Runtime to run the model, which refuses it: {told}") from None
+        self._names = list(wanted)
+        self._inputs = {i.name for i in self._session.get_inputs()}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The wanted tensors, by name.
+
+        Raises:
+            UnsupportedModel: the model cannot be run on these samples.
+        """
+        try:
+            values = self._session.run(self._names, {n: a for n, a in feeds.items() if n in self._inputs})
+        except Exception as error:
+            raise UnsupportedModel(f"the model fails on calibration samples: {' '.join(str(error).split())[:300]}") from None
+        return dict(zip(self._names, values, strict=True))
+
+
+def root_tensors(model: Model) -> dict[str, gs.Tensor]:
+    """Inputs and computed values of the root graph by name."""
+    found = {t.name: t for t in model.graph.inputs}
+    for node in model.graph.nodes:
+        found.update((t.name, t) for t in node.outputs if t.name)
+    return found
+
+
+def runs(
+    model: Model, names: Sequence[str], data: Data, budget: int = BUDGET, limit: int | None = None
+) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Run the model on all samples; gives (number of the group, some of the tensors) for each run.
+
+    All groups of tensors together hold `names`; each group sees all samples in the same order.
+    """
+    for number, (group, batch) in enumerate(_groups(model, names, data, budget)):
+        runner = Runner(model, group)
+        for feeds in data.feeds(batch, limit):
+            yield number, runner.run(feeds)
+
+
+def _groups(model: Model, names: Sequence[str], data: Data, budget: int) -> list[tuple[list[str], int]]:
+    """Groups of tensors that fit the budget together, and for each how many samples fit at once: measured on one sample."""
+    probe = next(iter(data.feeds(1, 1)))
+    sizes: dict[str, int] = {}
+    for start in range(0, len(names), 64):
+        some = list(names[start : start + 64])
+        sizes.update((n, max(a.nbytes, 1)) for n, a in Runner(model, some).run(probe).items())
+    groups: list[tuple[list[str], int]] = []
+    current: list[str] = []
+    used = 0
+    for name in names:
+        if current and used + sizes[name] > budget:
+            groups.append((current, max(1, min(MOST_AT_ONCE, budget // used))))
+            current, used = [], 0
+        current.append(name)
+        used += sizes[name]
+    if current:
+        groups.append((current, max(1, min(MOST_AT_ONCE, budget // used))))
+    return groups
+
+
+def calibrate(
+    model: Model,
+    names: Sequence[str],
+    data: Data,
+    *,
+    budget: int = BUDGET,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Statistics]:
+    """Statistics of float tensors of the root graph, by name.
+
+    Raises:
+        UsageError: samples that do not fit, or a tensor becomes NaN or infinite on them.
+        UnsupportedModel: ONNX Runtime cannot run the model.
+    """
+    found = {name: Statistics() for name in names}
+    if not names:
+        return found
+    done: dict[int, int] = {}
+    for group, values in runs(model, names, data, budget):
+        for name, array in values.items():
+            found[name].add(array)
+            if not math.isfinite(found[name].low) or not math.isfinite(found[name].high) or found[name].low > found[name].high:
+                raise UsageError(
+                    f"tensor {name!r} becomes NaN or infinite on the calibration data (run {done.get(group, 0)} of {data.name}); "
+                    "check the samples, or exclude the layers that read it"
+                )
+        done[group] = done.get(group, 0) + 1
+        progress(done[group], data.count)
+    return found

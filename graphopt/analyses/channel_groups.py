@@ -1,0 +1,467 @@
+"""Which channels have to go together: index atoms of (tensor, axis), joined by what each operator does with them.
+
+Every axis of every constant gets one *atom* an index. The relations of channel_relations.py, one an operator, carry the atoms from
+operands to results and join those that must be kept or removed together: the rows of a convolution's weight with its bias and
+with the columns of whoever reads the result, two operands of an addition index by index, a channel and its run of columns
+behind a Flatten. What follows is a partition of all atoms into *classes*; removing a class removes its indices everywhere.
+
+* An axis that nothing tracks (a dynamic dimension, a spatial axis, what an unknown operator reads or writes, a graph output, a value
+  that a body captures) *pins* the classes joined with it, and the reason is kept.
+* Groups of a convolution need not lose the same positions, only equally many: a *balance* between blocks of atoms.
+* Classes that occur in the same places (as the channels of one layer do) form a `Group`, which is what users see.
+
+The law, held by tests on random graphs: zeroing the atoms where they are summed over, in the original, gives the outputs of the sliced model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses import channel_relations
+from graphopt.analyses.shapes import Shape, Shapes
+from graphopt.analyses.symbolic import Expr
+from graphopt.edit import Editor, captures
+from graphopt.ir import Constant, Model, Node, subgraphs
+
+Array = np.ndarray[Any, Any]
+Axis = Array | None  # an atom for each index, or None: nothing tracks this axis, every index stays
+Labels = tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A place where a tracked axis is summed over: what a removed channel takes part in."""
+
+    node: Node
+    operand: int
+    axis: int
+    atoms: Array
+
+
+@dataclass(frozen=True)
+class Group:
+    """Classes of channels that occur in the same places, each of which may be removed by itself (within a balance)."""
+
+    name: str  # of the tensor that carries the channels first
+    classes: tuple[int, ...]
+    sites: tuple[tuple[str, int, int], ...]  # weight, axis, indices of each class there
+    consumers: tuple[str, ...]  # nodes that sum over the channels
+
+    @property
+    def width(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name}[axis {axis}]{f' x{count}' if count > 1 else ''}" for name, axis, count in self.sites)
+        return f"{self.name}: {self.width} channels; sliced: {where}; read by: {', '.join(self.consumers) or 'nothing'}"
+
+
+@dataclass
+class _Weight:
+    tensor: Constant
+    labels: Labels
+    frozen: bool = False
+    custom: Callable[[Kept, Array], Array] | None = None
+    users: int = 0
+
+
+class Kept:
+    """A choice of classes to remove, as seen from axes."""
+
+    def __init__(self, groups: ChannelGroups, removed: Iterable[int]) -> None:
+        self._gone = np.zeros(groups.size, bool)
+        self._gone[np.fromiter(removed, np.int64)] = True
+        self._roots = groups.roots
+
+    def mask(self, atoms: Array) -> Array:
+        """For each index of an axis, whether it stays."""
+        return ~self._gone[self._roots[atoms]]
+
+    def indices(self, atoms: Array) -> Array:
+        """The indices of an axis that stay."""
+        return np.flatnonzero(self.mask(atoms))
+
+    def count(self, atoms: Array) -> int:
+        """How many indices of an axis stay."""
+        return int(self.mask(atoms).sum())
+
+
+Fix = Callable[[Kept, Editor], None]
+
+
+class ChannelGroups:
+    """The classes of a model; `groups` for users, `classes`, `contractions` and `apply` for passes."""
+
+    def __init__(self, model: Model, carriers: dict[str, int] | None = None) -> None:
+        """Analyse `model`; `carriers` says for a Reshape, by node name, which axis of a split carries the channels."""
+        self.model = model
+        self.shapes = Shapes(model)
+        self.contractions: list[Contraction] = []
+        self.balances: list[tuple[Array, ...]] = []
+        self.fixes: list[Fix] = []
+        self.ambiguous: dict[str, tuple[int, ...]] = {}  # Reshapes that could carry channels on another axis, too
+        self.carriers = dict(carriers or {})
+        self._parent: list[int] = []
+        self._why: dict[int, str] = {}  # root -> why it is pinned
+        self._labels: dict[int, Labels | None] = {}
+        self._weights: dict[int, _Weight] = {}
+        self._graph()
+
+    # ------------------------------------------------------------------------------------------------ building
+
+    @property
+    def size(self) -> int:
+        """The number of atoms."""
+        return len(self._parent)
+
+    def fresh(self, count: int, why: str | None = None) -> Array:
+        """New atoms, pinned when there is a reason."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        atoms = np.arange(start, start + count)
+        if why is not None:
+            self.pin(atoms, why)
+        return atoms
+
+    def find(self, atom: int) -> int:
+        """The representative of an atom's class, so far."""
+        parent = self._parent
+        while parent[atom] != atom:
+            parent[atom] = parent[parent[atom]]
+            atom = parent[atom]
+        return atom
+
+    def join(self, a: Array, b: Array) -> None:
+        """Index by index, the atoms of two axes go together."""
+        if a is b:
+            return
+        for first, second in zip(a.tolist(), b.tolist(), strict=True):
+            x, y = self.find(first), self.find(second)
+            if x == y:
+                continue
+            low, high = min(x, y), max(x, y)
+            self._parent[high] = low
+            if high in self._why:
+                self._why.setdefault(low, self._why[high])
+
+    def pin(self, atoms: Axis, why: str) -> None:
+        """The atoms must stay."""
+        if atoms is not None:
+            for atom in atoms.tolist():
+                self._why.setdefault(self.find(atom), why)
+
+    def is_pinned(self, atoms: Array) -> bool:
+        """Whether any of the atoms must stay, as far as is known yet."""
+        return any(self.find(a) in self._why for a in atoms.tolist())
+
+    def contract(self, node: Node, operand: int, axis: int, atoms: Axis) -> None:
+        """Record that `node` sums over an axis of an operand."""
+        if atoms is not None:
+            self.contractions.append(Contraction(node, operand, axis, atoms))
+
+    def weight(self, tensor: gs.Constant) -> _Weight:
+        """The record of a constant, with atoms on every axis of more than one index."""
+        found = self._weights.get(id(tensor))
+        if found is None:
+            floats = np.dtype(tensor.dtype).kind in "fV"
+            free = floats and self.model.is_fixed(tensor)
+            labels = tuple(self.fresh(int(n)) if free and n > 1 else None for n in tensor.shape)
+            found = self._weights[id(tensor)] = _Weight(tensor, labels)
+        return found
+
+    def labels(self, tensor: gs.Tensor) -> Labels | None:
+        """The atoms on each axis; None for a tensor of unknown rank."""
+        if isinstance(tensor, gs.Constant):
+            return self.weight(tensor).labels
+        if id(tensor) not in self._labels:
+            rank = self.shapes.rank(tensor)
+            self._labels[id(tensor)] = None if rank is None else (None,) * rank
+        return self._labels[id(tensor)]
+
+    def _graph(self) -> None:
+        for node in self.model.graph.nodes:
+            results = self._relate(node)
+            for tensor, labels in zip(node.outputs, results, strict=False):
+                if tensor.name:
+                    self._labels[id(tensor)] = self._checked(tensor, labels, node)
+        for tensor in self.model.graph.outputs:
+            self._pin_tensor(tensor, f"it is graph output {tensor.name!r}")
+
+    def _relate(self, node: Node) -> Sequence[Labels | None]:
+        for body in subgraphs(node):
+            for tensor in captures(body).values():
+                self._pin_tensor(tensor, f"node {node.name!r} ({node.op}) reads it inside a body")
+        relation = channel_relations.TABLE.get(node.op) if channel_relations.known_domain(node) else None
+        call = channel_relations.Call(self, node)
+        results: Sequence[Labels | None] | None = None
+        why = "has no relation in the table"
+        if relation is not None and not subgraphs(node) and all(self.labels(t) is not None for t in node.inputs if t.name):
+            results = relation(call)
+            why = "cannot follow channels through it"
+        if results is None:
+            call.touched.clear()
+            results = [self._untracked(t) for t in node.outputs]
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name and index not in call.touched:
+                self._pin_tensor(tensor, f"node {node.name!r} ({node.op}) {why if results is None or relation is None else 'needs all of it'}")
+        return results
+
+    def _untracked(self, tensor: gs.Tensor) -> Labels | None:
+        rank = self.shapes.rank(tensor)
+        return None if rank is None else (None,) * rank
+
+    def _checked(self, tensor: gs.Tensor, labels: Labels | None, node: Node) -> Labels | None:
+        """Labels that agree with what is known of the shape; where they do not, the analysis knows too little: pin."""
+        shape = self.shapes.shape(tensor)
+        if labels is None or shape is None:
+            if labels is not None:
+                for axis in labels:
+                    self.pin(axis, f"the shape of {tensor.name!r} is not known")
+            return None if shape is None else (None,) * len(shape)
+        checked: list[Axis] = []
+        for axis, dim in zip(labels, shape, strict=True):
+            fits = axis is not None and isinstance(dim, int) and dim == len(axis)
+            if axis is not None and not fits:
+                self.pin(axis, f"node {node.name!r} ({node.op}) makes dimension {dim} of {len(axis)} channels")
+            checked.append(axis if fits else None)
+        return tuple(checked)
+
+    def _pin_tensor(self, tensor: gs.Tensor, why: str) -> None:
+        if isinstance(tensor, gs.Constant):
+            self.weight(tensor).frozen = True
+        for axis in self.labels(tensor) or ():
+            self.pin(axis, why)
+
+    # ------------------------------------------------------------------------------------------------- answers
+
+    @cached_property
+    def roots(self) -> Array:
+        """The class of every atom."""
+        return np.array([self.find(a) for a in range(len(self._parent))], np.int64)
+
+    @cached_property
+    def axes(self) -> tuple[Array, ...]:
+        """All tracked axes, each once: none of them may become empty."""
+        found: dict[bytes, Array] = {}
+        tensors = [*self._labels.values(), *(w.labels for w in self._weights.values())]
+        for labels in tensors:
+            for axis in labels or ():
+                if axis is not None:
+                    found.setdefault(self.roots[axis].tobytes(), axis)
+        return tuple(found.values())
+
+    @cached_property
+    def pins(self) -> dict[int, str]:
+        """Class -> why it must stay."""
+        return {self.find(root): why for root, why in self._why.items()}
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that may be removed: they are summed over somewhere, and nothing pins them."""
+        read = {int(r) for c in self.contractions for r in self.roots[c.atoms]}
+        return tuple(sorted(read - self.pins.keys()))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The classes by the places where they occur, in the order of the graph."""
+        free = set(self.classes)
+        sites: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        weights = list(self._weights.values())
+        for number, weight in enumerate(weights):
+            for axis, atoms in enumerate(weight.labels):
+                if atoms is not None:
+                    _count(self.roots[atoms], free, (number, axis), sites)
+        reads: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for number, contraction in enumerate(self.contractions):
+            _count(self.roots[contraction.atoms], free, (number, 0), reads)
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for root in self.classes:
+            alike[tuple(sites[root]), tuple(reads[root])].append(root)
+        found = []
+        for (where, readers), members in alike.items():
+            nodes = list(dict.fromkeys(self.contractions[n].node.name for n, _, _ in readers))
+            places = tuple((weights[n].tensor.name, axis, count) for n, axis, count in where)
+            name = places[0][0] if places else nodes[0]
+            found.append(Group(name, tuple(members), places, tuple(nodes)))
+        return tuple(found)
+
+    def blocked(self) -> list[str]:
+        """Why channels stay, each reason once, with the number of classes: the answer to "why is nothing pruned?"."""
+        read = {int(r) for c in self.contractions for r in self.roots[c.atoms]}
+        reasons: dict[str, int] = defaultdict(int)
+        for root in sorted(read):
+            if root in self.pins:
+                reasons[self.pins[root]] += 1
+        ordered = sorted(reasons.items(), key=lambda item: -item[1])
+        return [f"{count} channels stay: {why}" for why, count in ordered]
+
+    def weights(self) -> list[tuple[Constant, Labels]]:
+        """All constants with tracked axes."""
+        return [(w.tensor, w.labels) for w in self._weights.values() if any(a is not None for a in w.labels)]
+
+    @cached_property
+    def _blocks(self) -> dict[int, Array]:
+        """Class -> how many indices it has in each block of each balance, for the classes that are in any."""
+        flat = [block for blocks in self.balances for block in blocks]
+        found: dict[int, Array] = {}
+        for place, block in enumerate(flat):
+            for root, count in zip(*np.unique(self.roots[block], return_counts=True), strict=True):
+                found.setdefault(int(root), np.zeros(len(flat), np.int64))[place] = count
+        return found
+
+    def bundle(self, seed: int, available: Iterable[int], score: Callable[[int], float]) -> tuple[int, ...] | None:
+        """The fewest classes (by a greedy search) that may go together with `seed` from a balanced state; the cheaper by `score` first.
+
+        None where no balance is found.
+        """
+        blocks = self._blocks
+        if seed not in blocks:
+            return (seed,)
+        edges = np.cumsum([0, *map(len, self.balances)])
+        starts = edges[:-1]
+
+        def imbalance(counts: Array) -> int:
+            tops = np.maximum.reduceat(counts, starts)
+            return int(np.repeat(tops, np.diff(edges)).sum() - counts.sum())
+
+        chosen, counts = [seed], blocks[seed].copy()
+        free = [c for c in available if c != seed and c in blocks and c not in self.pins]
+        worst = imbalance(counts)
+        limit = 4 * max(map(len, self.balances)) + 8
+        while worst and len(chosen) < limit:
+            short = np.repeat(np.maximum.reduceat(counts, starts), np.diff(edges)) > counts
+            useful = [c for c in free if (blocks[c][short] > 0).any()]
+            if not useful:
+                return None
+            best = min(useful, key=lambda c: (imbalance(counts + blocks[c]), score(c), c))
+            chosen.append(best)
+            free.remove(best)
+            counts = counts + blocks[best]
+            worst = imbalance(counts)
+        return None if worst else tuple(chosen)
+
+    def is_balanced(self, kept: Kept) -> bool:
+        """Whether blocks that have to be of one size are, and no axis is empty."""
+        equal = all(len({kept.count(block) for block in blocks}) == 1 for blocks in self.balances)
+        return equal and all(kept.mask(axis).any() for axis in self.axes)
+
+    # ------------------------------------------------------------------------------------------------- slicing
+
+    def apply(self, removed: Iterable[int], edit: Editor) -> None:
+        """Slice the model: weights, attributes and shape constants; `is_balanced` must hold for what stays."""
+        kept = Kept(self, removed)
+        replaced: dict[int, Constant] = {}
+        for key, weight in self._weights.items():
+            if weight.frozen or not any(a is not None and not kept.mask(a).all() for a in weight.labels):
+                if weight.custom is None:
+                    continue
+            values = np.asarray(weight.tensor.values)
+            if weight.custom is not None:
+                values = weight.custom(kept, values)
+            else:
+                for axis, atoms in enumerate(weight.labels):
+                    if atoms is not None:
+                        values = np.take(values, kept.indices(atoms), axis)
+            if values.shape != tuple(weight.tensor.shape):
+                replaced[key] = edit.constant(weight.tensor.name, np.ascontiguousarray(values))
+        for node in self.model.graph.nodes:
+            for index, tensor in enumerate(node.inputs):
+                if id(tensor) in replaced:
+                    node.inputs[index] = replaced[id(tensor)]
+        for fix in self.fixes:
+            fix(kept, edit)
+        for node in self.model.graph.nodes:
+            for tensor in node.outputs:
+                labels = self._labels.get(id(tensor))
+                if labels is not None and tensor.shape is not None and len(tensor.shape) == len(labels):
+                    tensor.shape = tuple(
+                        dim if atoms is None else kept.count(atoms) for dim, atoms in zip(tensor.shape, labels, strict=True)
+                    )
+
+    def cost(self, kept: Kept) -> tuple[int, int]:
+        """Multiply-accumulates of one sample, and parameters, of the model with what stays."""
+        macs = sum(self._macs(node, kept) for node in self.model.graph.nodes if node.op in _MATRIX)
+        return macs, self.parameters(kept)
+
+    def parameters(self, kept: Kept) -> int:
+        """Elements of the float constants that stay."""
+        total = 0
+        for tensor in self.model.constants():
+            if np.dtype(tensor.dtype).kind not in "fV":
+                continue
+            weight = self._weights.get(id(tensor))
+            sizes = [int(n) for n in tensor.shape]
+            if weight is not None:
+                if weight.custom is not None:
+                    total += math.prod(channel_relations.custom_shape(weight.custom, kept, sizes))
+                    continue
+                sizes = [n if a is None else kept.count(a) for n, a in zip(sizes, weight.labels, strict=True)]
+            total += math.prod(sizes)
+        return total
+
+    def _dims(self, tensor: gs.Tensor, kept: Kept) -> list[int]:
+        shape: Shape = self.shapes.shape(tensor) or ()
+        labels = self.labels(tensor) or ()
+        return [
+            kept.count(a) if a is not None else 1 if isinstance(d, Expr) else d
+            for d, a in zip(shape, labels, strict=False)
+        ]
+
+    def _macs(self, node: Node, kept: Kept) -> int:
+        out = self._dims(node.outputs[0], kept)
+        if node.op in ("Conv", "ConvTranspose"):
+            taps = math.prod(int(n) for n in (self.shapes.shape(node.inputs[1]) or ())[2:] if isinstance(n, int))
+            group = int(node.attrs.get("group", 1))
+            data, result = self._dims(node.inputs[0], kept), out
+            if len(data) < 2 or len(result) < 2:
+                return 0
+            depthwise = group > 1 and group == self._full(node.inputs[0])
+            ins = 1 if depthwise else data[1] // group
+            if node.op == "Conv":
+                return math.prod(result) * ins * taps
+            outs = 1 if depthwise else result[1] // group
+            return math.prod(data) * outs * taps
+        data = self._dims(node.inputs[0], kept)
+        if not data:
+            return 0
+        inner = data[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else data[-1]
+        return math.prod(out) * inner
+
+    def _full(self, tensor: gs.Tensor) -> int:
+        shape = self.shapes.shape(tensor) or ()
+        return int(shape[1]) if len(shape) > 1 and isinstance(shape[1], int) else 0
+
+
+_MATRIX = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+
+
+def _count(
+    roots: Array, free: set[int], site: tuple[int, int], into: dict[int, list[tuple[int, int, int]]]
+) -> None:
+    for root, count in zip(*np.unique(roots, return_counts=True), strict=True):
+        if int(root) in free:
+            into[int(root)].append((*site, int(count)))
+
+
+def channel_groups(model: Model) -> ChannelGroups:
+    """The analysis, with the axes that Reshapes carry channels on chosen so that most classes are free."""
+    best = ChannelGroups(model)
+    for name, options in sorted(best.ambiguous.items()):
+        for option in options:
+            other = ChannelGroups(model, {**best.carriers, name: option})
+            if len(other.classes) > len(best.classes):
+                best = other
+                break
+    return best
+
+
+__all__ = ["Axis", "ChannelGroups", "Contraction", "Group", "Kept", "Labels", "channel_groups"]

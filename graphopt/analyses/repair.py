@@ -1,0 +1,283 @@
+"""Accuracy back without labels: every layer behind a cut is fitted to what the original computed there.
+
+Both models run side by side, node by node in the order of the graph, all samples at once. Where a layer reads something that
+the cut has changed, its weight and bias are solved anew by ridge least squares from the inputs that it now gets to the outputs
+that the original had (of the channels that are left). Where its result is added to something that is already there, as in a residual
+block, the target is the original's sum minus that, so each block mends the error of the stream and not only its own. A fifth
+of the samples is held out: a fit that does not win on them is not taken.
+
+Memory is that of the activations alive at one node plus the moments of one layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.gram import MAX_COLUMNS, RIDGES, Layer, Moments, layers, ridge
+from graphopt.edit import Editor, captures
+from graphopt.ir import Model, Node, subgraphs
+from graphopt.pass_base import Evaluate
+
+Array = np.ndarray[Any, Any]
+Feeds = Sequence[Mapping[str, Array]]
+Values = list[Any]  # one array a feed
+Places = Mapping[str, Sequence[Array | None]]  # tensor -> for each axis, the indices of the original that are left
+
+ROWS: Final = 1 << 16  # positions of a layer that go into its moments
+HELD_OUT: Final = 5  # every fifth sample is not fitted to
+
+
+class Runner:
+    """One model run node by node on all feeds; values are dropped once nobody reads them any more."""
+
+    def __init__(self, model: Model, feeds: Feeds, evaluate: Evaluate) -> None:
+        self.model = model
+        self.evaluate = evaluate
+        self.values: dict[str, Values] = {}
+        self.count = len(feeds)
+        self._left: dict[str, int] = {}
+        for node in model.graph.nodes:
+            for tensor in _operands(node):
+                self._left[tensor.name] = self._left.get(tensor.name, 0) + 1
+        for tensor in model.graph.outputs:
+            self._left[tensor.name] = self._left.get(tensor.name, 0) + 1
+        for spec in model.inputs:
+            self.values[spec.name] = [feed[spec.name] for feed in feeds]
+
+    def get(self, tensor: gs.Tensor) -> Values:
+        """The values of a tensor, one a feed."""
+        if isinstance(tensor, gs.Constant):
+            return [tensor.values] * self.count
+        return self.values[tensor.name]
+
+    def run(self, node: Node, pool: ThreadPoolExecutor) -> list[Values]:
+        """Compute a node on all feeds; the results, by output."""
+        operands = [None if not t.name else self.get(t) for t in node.inputs]
+        body = subgraphs(node)
+        if body:
+            raise NotImplementedError(f"node {node.name!r} ({node.op}) has a body")
+
+        def one(index: int) -> list[Array]:
+            return self.evaluate(self.model, node, [None if o is None else o[index] for o in operands])
+
+        found = list(pool.map(one, range(self.count)))
+        names = [t for t in node.outputs if t.name]
+        return [[feed[place] for feed in found] for place in range(len(names))]
+
+    def keep(self, node: Node, results: Sequence[Values]) -> None:
+        """Store results, and drop what `node` was the last to read."""
+        named = [t for t in node.outputs if t.name]
+        for tensor, values in zip(named, results, strict=True):
+            if self._left.get(tensor.name):
+                self.values[tensor.name] = values
+        for tensor in _operands(node):
+            self._left[tensor.name] -= 1
+            if not self._left[tensor.name]:
+                self.values.pop(tensor.name, None)
+
+
+def _operands(node: Node) -> list[gs.Tensor]:
+    found = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
+    for body in subgraphs(node):
+        found.extend(t for t in captures(body).values() if not isinstance(t, gs.Constant))
+    return found
+
+
+def pool() -> ThreadPoolExecutor:
+    """Threads that share the feeds of one node; each feed is computed on one thread, so the results do not depend on their number."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 1)
+
+
+def picks(layer: Layer, results: Values, seed: int) -> list[Array]:
+    """For each feed the positions of the layer's result that are looked at: all, or a random share of `ROWS`."""
+    sizes = [layer.positions(r) for r in results]
+    total = sum(sizes)
+    rng = np.random.default_rng(seed)
+    return [
+        np.arange(n) if total <= ROWS else np.sort(rng.choice(n, max(1, n * ROWS // total), replace=False)) for n in sizes
+    ]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What became of one layer, by the mean squared distance from its target on samples that were held out, relative to its variance."""
+
+    node: str
+    before: float
+    after: float
+    kind: str  # "sliced", "bias" or "ridge STRENGTH"
+
+
+def repair(
+    original: Model,
+    pruned: Model,
+    places: Places,
+    feeds: Feeds,
+    evaluate: Evaluate,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Fit]:
+    """Fit the layers of `pruned` to `original`, in place; both have the same nodes in the same order.
+
+    Args:
+        original: what to be like.
+        pruned: the model whose weights are changed.
+        places: for tensors whose axes were cut, the indices that are left.
+        feeds: samples, several calls of the model.
+        evaluate: computes one node.
+        seed: of the positions looked at.
+        progress: nodes done, nodes in all.
+    """
+    edit = Editor(pruned)
+    found = layers(pruned)
+    first, second = Runner(original, feeds, evaluate), Runner(pruned, feeds, evaluate)
+    for name, values in first.values.items():
+        second.values[name] = values  # the very same arrays: untouched so far
+    wanted = _joins(original, found)
+    ahead: dict[str, list[Values]] = {}
+    fits: list[Fit] = []
+    by_name = {node.name: node for node in original.graph.nodes}
+    with pool() as threads:
+        for number, (a, b) in enumerate(zip(original.graph.nodes, pruned.graph.nodes, strict=True)):
+            results = ahead.pop(a.name) if a.name in ahead else first.run(a, threads)
+            touched = not _same(first, second, a, b)
+            layer = found.get(b.name)
+            if touched and layer is not None and _fittable(layer):
+                join = _join_of(wanted.get(b.name), second, by_name)
+                target = _target(first, second, layer, a, results, join, places, by_name, threads, ahead)
+                if target is not None:
+                    fit = _fit(layer, edit, second.get(b.inputs[0]), target, seed + number)
+                    fits.append(fit)
+            second_results = second.run(b, threads) if touched else results
+            first.keep(a, results)
+            second.keep(b, second_results)
+            if progress is not None:
+                progress(number + 1, len(original.graph.nodes))
+    edit.commit()
+    return fits
+
+
+def _same(first: Runner, second: Runner, a: Node, b: Node) -> bool:
+    """Whether a node computes the same in both models: same operands, the very same arrays, same attributes."""
+    if a.attrs != b.attrs and not subgraphs(a):
+        return False
+    for x, y in zip(a.inputs, b.inputs, strict=False):
+        if isinstance(x, gs.Constant) or isinstance(y, gs.Constant):
+            if not (isinstance(x, gs.Constant) and isinstance(y, gs.Constant) and x._values is y._values):
+                return False
+        elif x.name and first.values[x.name] is not second.values.get(y.name):
+            return False
+    return len(a.inputs) == len(b.inputs)
+
+
+def _fittable(layer: Layer) -> bool:
+    return layer.matrix().shape[-1] <= MAX_COLUMNS
+
+
+def _joins(model: Model, found: Mapping[str, Layer]) -> dict[str, Node]:
+    """For layers whose result is only added to another computed tensor: that Add, by the layer's name."""
+    edit = Editor(model)
+    joins = {}
+    by_name = {node.name: node for node in model.graph.nodes}
+    for name, layer in found.items():
+        last = by_name[(layer.adder or layer.node).name]
+        reader = edit.sole_consumer(last.outputs[0])
+        if reader is not None and reader.op == "Add" and not any(isinstance(t, gs.Constant) for t in reader.inputs):
+            joins[name] = reader
+    return joins
+
+
+def _join_of(join: Node | None, second: Runner, by_name: Mapping[str, Node]) -> Node | None:
+    """The join, if what is added there has been computed already."""
+    if join is None:
+        return None
+    ready = [t for t in join.inputs if t.name in second.values]
+    return join if ready else None
+
+
+def _target(
+    first: Runner,
+    second: Runner,
+    layer: Layer,
+    a: Node,
+    results: list[Values],
+    join: Node | None,
+    places: Places,
+    by_name: Mapping[str, Node],
+    threads: ThreadPoolExecutor,
+    ahead: dict[str, list[Values]],
+) -> Values | None:
+    """What the layer's result, bias included, should be."""
+    values = results[0]
+    name = a.outputs[0].name
+    if layer.adder is not None:
+        adder = by_name[layer.adder.name]
+        bias = next(t for t in adder.inputs if isinstance(t, gs.Constant))
+        values = [v + bias.values for v in values]
+        name = adder.outputs[0].name
+    sliced = [_take(v, places.get(name, ())) for v in values]
+    if join is None:
+        return sliced
+    other = next(t for t in join.inputs if t.name in second.values)
+    if other.name not in first.values:
+        return sliced
+    here, there = first.get(other), second.get(other)
+    cut = places.get(other.name, ())
+    shapes_agree = all(_take(h, cut).shape == t.shape == s.shape for h, t, s in zip(here, there, sliced, strict=True))
+    if not shapes_agree:
+        return sliced
+    return [s + _take(h, cut) - t for h, t, s in zip(here, there, sliced, strict=True)]
+
+
+def _take(array: Array, cut: Sequence[Array | None]) -> Array:
+    for axis, indices in enumerate(cut):
+        if indices is not None and len(indices) != array.shape[axis]:
+            array = np.take(array, indices, axis)
+    return array
+
+
+def _fit(layer: Layer, edit: Editor, inputs: Values, target: Values, seed: int) -> Fit:
+    w = layer.matrix().astype(np.float64)
+    groups, outputs, columns = w.shape
+    fitted, held = Moments(groups, columns, outputs), Moments(groups, columns, outputs)
+    for index, (x, z, take) in enumerate(zip(inputs, target, picks(layer, target, seed), strict=True)):
+        sample = take * len(x) // layer.positions(z) + index
+        out = (sample % HELD_OUT) == 0 if len(inputs) > 1 or len(x) > 1 else np.zeros(len(take), bool)
+        for moments, chosen in ((fitted, take[~out]), (held, take[out])):
+            if len(chosen):
+                moments.add(
+                    np.asarray(layer.columns(x, z, chosen), np.float32), np.asarray(layer.outputs(z, chosen), np.float32)
+                )
+    judge = held if held.count else fitted
+    bias = layer.bias_values().astype(np.float64).reshape(groups, outputs)
+    scale = judge.variance() or 1.0
+    best = before = judge.error(w, bias)
+    kind = "sliced"
+    strength: float | None = None
+    if not layer.fixed_bias:
+        shifted = bias + (fitted.z - np.einsum("god,gd->go", w, fitted.x)) / max(1, fitted.count) - bias
+        error = judge.error(w, shifted)
+        if error < best:
+            best, kind, strength = error, "bias", np.inf
+    for candidate in RIDGES:
+        solved, moved = ridge(fitted, w, candidate, not layer.fixed_bias)
+        error = judge.error(solved, bias if layer.fixed_bias else moved)
+        if np.isfinite(error) and error < best:
+            best, kind, strength = error, f"ridge {candidate:g}", candidate
+    if strength is not None:
+        everything = fitted + held
+        if np.isinf(strength):
+            mean = (everything.z - np.einsum("god,gd->go", w, everything.x)) / max(1, everything.count)
+            layer.store(edit, w, mean.reshape(-1))
+        else:
+            solved, moved = ridge(everything, w, strength, not layer.fixed_bias)
+            layer.store(edit, solved, None if layer.fixed_bias else moved.reshape(-1))
+    return Fit(layer.node.name, before / scale, best / scale, kind)

@@ -99,13 +99,12 @@ class OrtSession(Session):
             settings.intra_op_num_threads = options.threads
         if not options.spinning:
             settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = _select(target, settings)
+        wanted, providers = _select(target, settings)
         title = f"ONNX Runtime {ort.__version__}"
         try:
             self._session = ort.InferenceSession(str(path), settings, enable_fallback=False, **providers)
         except Exception as error:
             raise UnsupportedModel(f"{title} refuses {path.name!r}: {_reason(error)}; {_advice(error)}") from None
-        wanted = providers.get("providers", [_CPU])[0]
         if wanted not in self._session.get_providers():  # ONNX Runtime goes on without a provider that does not start
             raise BackendUnavailable(
                 f"{title}: {wanted} does not start here; check its driver and libraries, or build for ort:cpu"
@@ -184,8 +183,8 @@ def _plugins() -> dict[str, list[Any]]:
     return found
 
 
-def _select(target: Target, settings: Any) -> dict[str, Any]:
-    """The arguments that make a session use the provider of `target`.
+def _select(target: Target, settings: Any) -> tuple[str, dict[str, Any]]:
+    """The provider of `target`, and the arguments that make a session use it; a plug-in goes into `settings`.
 
     Raises:
         UnknownTarget: no provider of that name exists here, and it is none that ONNX Runtime has elsewhere.
@@ -195,14 +194,14 @@ def _select(target: Target, settings: Any) -> dict[str, Any]:
     device = target.device or "cpu"
     wanted = device.lower().removesuffix("executionprovider")
     if wanted == "cpu" or wanted.startswith("cpu-"):
-        return {"providers": [_CPU]}
+        return _CPU, {"providers": [_CPU]}
     for name in ort.get_available_providers():
         if name.lower().removesuffix("executionprovider") == wanted:
-            return {"providers": [name, _CPU]}
+            return name, {"providers": [name, _CPU]}
     for name, devices in _plugins().items():
         if name.lower().removesuffix("executionprovider") == wanted:
             settings.add_provider_for_devices(devices, {})
-            return {}
+            return name, {}
     known = [n.lower().removesuffix("executionprovider") for n in ort.get_all_providers()]
     here = ", ".join(n.removesuffix("ExecutionProvider").lower() for n in [*ort.get_available_providers(), *_plugins()])
     if wanted in known:

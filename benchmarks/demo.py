@@ -40,7 +40,9 @@ def main() -> None:
     table = Table("network", "target", "nodes", "MB", "max abs diff", "latency", "kernels", title="graphopt demo")
     for name, path in networks.items():
         console.print(f"building {name} from {path.name} ({path.stat().st_size / 1e6:.2f} MB) ...")
-        bundle = graphopt.build(path, OUT / name, targets, measure=True, say=lambda text: console.print(f"  {text}", markup=False))
+        bundle = graphopt.build(
+            path, OUT / name, targets, measure=True, say=lambda text: console.print(f"  {text}", markup=False)
+        )
         for variant in bundle.manifest["variants"]:
             latency = variant.get("latency")
             table.add_row(
@@ -60,7 +62,9 @@ def main() -> None:
     predicted = session.run({"x": digits["x_test"]})["y"].argmax(axis=1)
     correct = int((predicted == digits["y_test"]).sum())
     served = session.variant.target if session.variant else "onnxruntime"
-    console.print(f"graphopt.open('{OUT}/digits-resnet') runs {served} here: {correct} of {len(predicted)} test digits right.")
+    console.print(
+        f"graphopt.open('{OUT}/digits-resnet') runs {served} here: {correct} of {len(predicted)} test digits right."
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="graphopt",
-    help="Optimize ONNX graphs and build TensorRT engines and ONNX Runtime sessions from them.",
+    help="Optimize ONNX graphs; build TensorRT engines and ONNX Runtime models from them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -285,7 +285,7 @@ def _progress_bar() -> Iterator[Any]:
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-@app.command()
+@app.command(short_help="Optimize a model for targets; write a bundle.")
 def build(
     model: ModelFile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle's folder.")],
@@ -571,7 +571,7 @@ def passes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A 
         out.print(table)
 
 
-@app.command("backends")
+@app.command("backends", short_help="Say what can be built and run here.")
 def list_backends() -> None:
     """Say what can be built and run on this machine, and why not."""
     from graphopt.discovery import backends
@@ -633,7 +633,7 @@ def inspect(
     out.print(operators)
 
 
-@app.command()
+@app.command(short_help="Run two models on the same inputs.")
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="The reference model.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The model to judge.")],
@@ -672,7 +672,7 @@ def compare(
     err.print(f"equal within {tolerance:g} on {found.samples} samples ({found.engine})")
 
 
-@app.command("run")
+@app.command("run", short_help="Run a bundle or a model on this machine.")
 def run_bundle(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or an .onnx file.")],
     data: DataFile = None,
@@ -741,7 +741,7 @@ def _first_run(session: BundleSession, feeds: Mapping[str, Any], generated: bool
         raise
 
 
-@app.command()
+@app.command(short_help="Time bundles and models side by side.")
 def bench(
     contestants: Annotated[list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="The first is the baseline.")],
     data: DataFile = None,

@@ -55,14 +55,9 @@ class Data(ABC):
                 found.update(np.ascontiguousarray(feeds[name]).tobytes())
         return found.hexdigest()
 
-    def head(self, count: int) -> ArrayData:
-        """The first `count` samples, in memory.
-
-        Raises:
-            UsageError: the shapes differ among them.
-        """
-        first = list(self.feeds(1, count))
-        return ListData(f"{count} samples of {self.name}", first)  # type: ignore[return-value]
+    def head(self, count: int, batch: int = 1) -> ListData:
+        """The first `count` samples, in memory, to be fed up to `batch` at once."""
+        return ListData(f"{count} samples of {self.name}", list(self.feeds(batch, count)))
 
 
 class _Member(ABC):

@@ -16,9 +16,10 @@ Format reference: https://github.com/onnx/onnx/blob/main/docs/IR.md
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -167,7 +168,7 @@ class Model:
         return Writer(self, embed).write()
 
     def text(self) -> str:
-        """ONNX's own text form (`parse` reads it back).
+        """ONNX's own text form. `parse` reads it back, without most doc strings, and unless a type is one that onnx prints as "...".
 
         Raises:
             UnsupportedModel: onnx cannot print the model.
@@ -295,15 +296,32 @@ def parse(text: str, source: Path | None = None) -> Model:
     where = repr(str(source)) if source else "the text"
     try:
         if _COMMENT.sub("", text).lstrip().startswith("<"):
-            return _build(onnx.parser.parse_model(text), source, {}, where)
+            proto = onnx.parser.parse_model(text)
+            _pack([proto.graph], (n for f in proto.functions for n in f.node))
+            return _build(proto, source, {}, where)
         graph = onnx.parser.parse_graph(text)
     except (onnx.parser.ParseError, ValueError, IndexError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InvalidModel(f"{where} does not parse: {' | '.join(lines)[:500]}") from None
+    _pack([graph])
     domains = {domain_of(n.domain) for n in nodes_of(graph.node)} | {""}
     imports = [onnx.helper.make_opsetid(d, 1 if d else _TEXT_OPSET) for d in sorted(domains)]
     proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_TEXT_IR_VERSION)
     return _build(proto, source, {}, where)
+
+
+def _pack(graphs: list[onnx.GraphProto], nodes: Iterable[onnx.NodeProto] = ()) -> None:
+    """Pack sub-byte tensors, of which onnx's text parser writes each element into a word of its own, against onnx.proto."""
+    attributes = [a for n in nodes_of([*nodes, *(n for g in graphs for n in g.node)]) for a in n.attribute]
+    bodies = [body for a in attributes for body in (a.g, *a.graphs)]
+    for tensor in [*(t for g in graphs + bodies for t in g.initializer), *(a.t for a in attributes)]:
+        bits, codes = packed_bits(tensor.data_type) if tensor.data_type else 0, tensor.int32_data
+        if bits in (2, 4) and len(codes) == math.prod(tensor.dims):
+            packed = bytearray(-(-len(codes) * bits // 8))
+            for index, code in enumerate(codes):
+                packed[index * bits // 8] |= (code & ((1 << bits) - 1)) << index * bits % 8
+            tensor.ClearField("int32_data")
+            tensor.raw_data = bytes(packed)
 
 
 def from_proto(proto: onnx.ModelProto, source: Path | None = None) -> Model:
@@ -359,8 +377,13 @@ def save(model: Model, path: str | os.PathLike[str], external: bool | None = Non
     """
     target = Path(path)
     if target.suffix == ".onnxtxt":
+        text = model.text()
+        try:
+            parse(text)
+        except InvalidModel as error:
+            raise UnsupportedModel(f"onnx's text form cannot hold this model: save it as .onnx ({error})") from None
         with replacing(target) as file:
-            file.write(model.text().encode())
+            file.write(text.encode())
         return [target]
     large = [c for c in model.constants() if c.nbytes > MAP_ABOVE and not is_sparse(c) and c.dtype != object]
     if external is None:

@@ -173,6 +173,7 @@ class _Run:
         self.signature: Signature | None = None  # of the model as it is now
 
     def pipeline(self, pipeline: Pipeline) -> Result:
+        self.ctx.analyses.clear()  # a context may have seen another model
         if pipeline.steps:
             self.model.modernize()
             verify.cycles(self.model)  # passes may count on topological order

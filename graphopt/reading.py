@@ -40,9 +40,9 @@ _MOST_AXES: Final = 64  # NumPy's limit
 Scope = ChainMap[str, gs.Tensor]
 
 
-def domain_of(text: str | None) -> str:
+def domain_of(text: str | bytes | None) -> str:
     """The one spelling of a domain: the default one is ``""``."""
-    return "" if text in (None, "ai.onnx") else str(text)
+    return "" if text in (None, "ai.onnx") else _text(text, "a domain")
 
 
 class Reader:

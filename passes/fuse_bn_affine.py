@@ -49,7 +49,12 @@ class FuseBnAffine(Pass):
                 continue
             for index in (0, 1) if node.op in ("Add", "Mul") else (0,):
                 bn = edit.producer(node.inputs[index])
-                if bn is not None and bn.is_onnx and bn.op == "BatchNormalization" and bn.outputs[0] is node.inputs[index]:
+                if (
+                    bn is not None
+                    and bn.is_onnx
+                    and bn.op == "BatchNormalization"
+                    and bn.outputs[0] is node.inputs[index]
+                ):
                     break
             else:
                 continue

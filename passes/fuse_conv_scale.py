@@ -127,7 +127,9 @@ def _folded(
     if len(w.shape) < 3:
         return f"weight {w.name!r} has {len(w.shape)} dimensions, a convolution's has 3 at least"
     group = int(conv.attrs.get("group", 1))
-    by_row = (conv.op == "Conv") != before  # whether the channels in question are axis 0 of the weight, or axis 1 by group
+    by_row = (
+        conv.op == "Conv"
+    ) != before  # whether the channels in question are axis 0 of the weight, or axis 1 by group
     channels = int(w.shape[0]) if by_row else int(w.shape[1]) * group
     k = _per_channel(constant.values, channels, len(w.shape))
     if k is None:

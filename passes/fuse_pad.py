@@ -79,7 +79,11 @@ def _padded(node: Node, pad: Node, shapes: Shapes, edit: Editor) -> dict[str, An
     spatial = len(begins) - 2
     if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return f"it pads by {node.attrs['auto_pad']}, which depends on the size"
-    own = list(node.attrs.get("pads") or [0] * (2 * spatial)) if node.attrs.get("auto_pad") != "VALID" else [0] * (2 * spatial)
+    own = (
+        list(node.attrs.get("pads") or [0] * (2 * spatial))
+        if node.attrs.get("auto_pad") != "VALID"
+        else [0] * (2 * spatial)
+    )
     pads = [int(p) + int(q) for p, q in zip(own, [*begins[2:], *ends[2:]], strict=True)]
     attributes = {k: v for k, v in node.attrs.items() if k != "auto_pad"} | {"pads": pads}
     if node.op == "Conv":

@@ -48,7 +48,9 @@ class FuseReduceUnsqueeze(Pass):
             keep = 1 - int(reduce.attrs.get("keepdims", 1))
             wanted = _reduced(reduce, keep, shapes)
             if wanted is None or wanted != shapes.shape(node.outputs[0]):
-                ctx.remark(node, f"it does more than to {'add' if keep else 'drop'} the axes that {reduce.name!r} reduces")
+                ctx.remark(
+                    node, f"it does more than to {'add' if keep else 'drop'} the axes that {reduce.name!r} reduces"
+                )
                 continue
             if not ctx.admit():
                 break

@@ -74,7 +74,9 @@ class MergeReshapes(Pass):
                 break
             op, attributes, operands = form
             node.outputs.clear()
-            extra = [t if isinstance(t, gs.Tensor) else edit.constant(f"{result.name}_{op.lower()}", t) for t in operands]
+            extra = [
+                t if isinstance(t, gs.Tensor) else edit.constant(f"{result.name}_{op.lower()}", t) for t in operands
+            ]
             new = Node(op, node.name, attributes, [source, *extra], [result])
             edit.insert_before(node, new, origin=(inner, node))
             edit.erase(node)

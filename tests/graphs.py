@@ -67,9 +67,13 @@ def _graph(graph: Graph, outer: dict[int, str], types: bool, depth: int = 0) -> 
     for node in graph.nodes:
         for tensor in node.outputs:
             expression(tensor)
-    nodes = sorted(f"node {expression(n.outputs[0]) if n.outputs else ''} {'; '.join(described(n))}" for n in graph.nodes)
+    nodes = sorted(
+        f"node {expression(n.outputs[0]) if n.outputs else ''} {'; '.join(described(n))}" for n in graph.nodes
+    )
     lines += nodes
-    lines += sorted(f"initializer {_content(c)}" for c in graph.initializers if id(c) not in {id(t) for t in graph.inputs})
+    lines += sorted(
+        f"initializer {_content(c)}" for c in graph.initializers if id(c) not in {id(t) for t in graph.inputs}
+    )
     lines += [f"output {t.name if depth == 0 else ''} {_type(t)} {expression(t)}" for t in graph.outputs]
     return lines
 
@@ -121,7 +125,9 @@ def cases(path: Path) -> list[Case]:
     for section in path.read_text().split("\n=== ")[1:]:
         name, _, rest = section.partition("\n")
         pipeline, before, after, *remark = (part.strip() for part in f"\n{rest}\n".split("\n---\n"))
-        found.append(Case(name, pipeline, before, None if after == "unchanged" else after, remark[0] if remark else None))
+        found.append(
+            Case(name, pipeline, before, None if after == "unchanged" else after, remark[0] if remark else None)
+        )
     return found
 
 
@@ -187,7 +193,18 @@ class _Maker:
         """A few nodes that add one image or one constant."""
         nodes: list[onnx.NodeProto] = []
         image = self.draw(st.sampled_from(images))
-        kinds = ["unary", "binary", "constant", "const-op", "const-chain", "conv-bn", "shape", "split", "reshape", "concat"]
+        kinds = [
+            "unary",
+            "binary",
+            "constant",
+            "const-op",
+            "const-chain",
+            "conv-bn",
+            "shape",
+            "split",
+            "reshape",
+            "concat",
+        ]
         kind = self.draw(st.sampled_from(kinds + ["identity"] * 2 + ["if"] * (depth < 2)))
         match kind:
             case "unary":
@@ -220,7 +237,11 @@ class _Maker:
                 if self.draw(st.integers(0, 3)) == 0:
                     images.append(out)
                 var = self.stored(self.rng.integers(1, 4, 4).astype(np.float32))
-                images.append(self.emit(nodes, "BatchNormalization", [out, self.weights(4), self.weights(4), self.weights(4), var]))
+                images.append(
+                    self.emit(
+                        nodes, "BatchNormalization", [out, self.weights(4), self.weights(4), self.weights(4), var]
+                    )
+                )
             case "shape":
                 shape = self.emit(nodes, "Shape", [image])
                 images.append(self.emit(nodes, "Reshape", [image, shape]))

@@ -31,10 +31,17 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path.name}:{child.lineno}: relative import"
                 for alias in child.names:
-                    name = f"{child.module}.{alias.name}" if child.module in ("graphopt", *ROOMS, "graphopt.analyses") else str(child.module)
+                    name = (
+                        f"{child.module}.{alias.name}"
+                        if child.module in ("graphopt", *ROOMS, "graphopt.analyses")
+                        else str(child.module)
+                    )
                     yield name, now, child.lineno
             typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-            yield from walk(child, now and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not typing_only)
+            yield from walk(
+                child,
+                now and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not typing_only,
+            )
 
     yield from walk(ast.parse(path.read_text()), True)
 
@@ -64,7 +71,9 @@ def test_core_names_no_pass_no_backend_and_no_runtime_at_import(path: Path) -> N
 def test_a_pass_imports_the_core_only(path: Path) -> None:
     for module, _, line in imports(path):
         where = f"{path.name}:{line} imports {module}"
-        assert not of(module, *ROOMS, "graphopt.evaluate", "graphopt.pipeline", "graphopt.discovery", "graphopt.cli"), where
+        assert not of(module, *ROOMS, "graphopt.evaluate", "graphopt.pipeline", "graphopt.discovery", "graphopt.cli"), (
+            where
+        )
         assert known(module, {"graphopt"} | THIRD_PARTY), where
 
 

@@ -26,7 +26,7 @@ REAL = ROOT / "models/concat.dynamo.onnx"
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\x90wS\xde"
 
 
-def refused(path: Path, match: str = "", error: type[UserError] = InvalidModel) -> str:
+def refused(path: Path, match: str | None = None, error: type[UserError] = InvalidModel) -> str:
     """Load `path`, which must be refused; returns the message."""
     with pytest.raises(error, match=match) as caught:
         ir.load(path)
@@ -72,8 +72,8 @@ def test_a_file_that_is_not_onnx_is_refused(kind, tmp_path):
     }.get(kind) or random.Random(kind).randbytes(1000)
     path = tmp_path / "bad.onnx"
     path.write_bytes(data)
-    assert "bad.onnx' " in refused(path, "not an ONNX model|not one, or truncated")
-    with pytest.raises(InvalidModel, match="^<bytes> "):
+    assert "bad.onnx' " in refused(path, r"not an ONNX model|not one, or truncated")
+    with pytest.raises(InvalidModel, match=r"^<bytes> "):
         ir.loads(data)
 
 
@@ -85,14 +85,16 @@ def test_another_protobuf_message_is_refused(tmp_path):
 
 def test_a_truncated_model_is_refused_wherever_it_ends(tmp_path):
     data, path, whole = REAL.read_bytes(), tmp_path / "cut.onnx", []
+    messages: list[str] = []
     for cut in [*range(1, len(data), len(data) // 50), len(data) - 1]:
         path.write_bytes(data[:cut])
         try:
             whole.append(ir.load(path))
         except UserError as error:
-            assert "cut.onnx" in readable(str(error))
-            assert re.search("truncated|damaged", str(error)), cut
+            messages.append(readable(str(error)))
     assert whole == []
+    assert len(messages) > 50
+    assert [m for m in messages if "cut.onnx" not in m or not re.search("truncated|damaged", m)] == []
 
 
 def test_what_is_no_file_is_refused(tmp_path):
@@ -200,7 +202,7 @@ def test_a_version_that_onnx_does_not_know_is_refused(opset, ir_version, message
 def test_the_model_is_named_in_quotes_once(tmp_path):
     proto = proto_of()
     proto.ir_version = 99
-    with pytest.raises(UnsupportedModel, match="^the model has IR version 99"):
+    with pytest.raises(UnsupportedModel, match=r"^the model has IR version 99"):
         ir.from_proto(proto)
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     assert refused(tmp_path / "m.onnx", error=UnsupportedModel).startswith(f"'{tmp_path}/m.onnx' has IR version 99")
@@ -230,7 +232,7 @@ def test_an_unknown_element_type_is_refused(kind):
     proto = proto_of()
     proto.graph.initializer[0].data_type = kind
     refused_proto(
-        proto, f"initializer 'w': element type {kind} is not known to onnx .*; upgrade onnx", UnsupportedModel
+        proto, rf"initializer 'w': element type {kind} is not known to onnx .*; upgrade onnx", UnsupportedModel
     )
     proto = proto_of()
     proto.graph.input[0].type.tensor_type.elem_type = 99
@@ -369,7 +371,7 @@ def test_a_sparse_initializer_larger_than_memory_loads_and_says_so_when_read():
     assert model.nbytes == 12
     assert model.fingerprint()
     with pytest.raises(
-        UnsupportedModel, match="sparse initializer 's' of shape .* does not fit into memory when dense"
+        UnsupportedModel, match=r"sparse initializer 's' of shape .* does not fit into memory when dense"
     ):
         _ = model.constants()[0].values
 
@@ -464,7 +466,7 @@ RICH = """<ir_version: 10, opset_import: ["" : 21, "local" : 1], producer_name: 
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_damaged_file_gives_a_model_or_a_user_error_and_nothing_else(part, tmp_path):
+def test_a_damaged_file_gives_a_model_or_a_user_error_and_nothing_else(part):
     rich = ir.saves(ir.parse(RICH))
     sources = [rich, rich, REAL.read_bytes()]
     loaded = 0
@@ -479,7 +481,6 @@ def test_a_damaged_file_gives_a_model_or_a_user_error_and_nothing_else(part, tmp
         except UserError as error:
             readable(str(error))
         except Exception as error:
-            (ROOT / f"tests/__damaged_{seed}.onnx").unlink(missing_ok=True)
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
     assert loaded > 30
 

@@ -219,7 +219,7 @@ def test_without_engines_the_default_is_onnx_runtime_said_aloud_and_recorded(
 @pytest.mark.parametrize("targets", [None, ["tensorrt-rtx:sm89"], ["ort:cpu", "tensorrt"]])
 def test_fallback_can_be_forbidden(targets: list[str] | None, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_engines(monkeypatch)
-    with pytest.raises(BackendUnavailable, match="--no-fallback forbids ort:cpu instead: .*pip install it"):
+    with pytest.raises(BackendUnavailable, match=r"--no-fallback forbids ort:cpu instead: .*pip install it"):
         graphopt.build(SMALL, out, targets, fallback=False)
     assert list(out.parent.iterdir()) == []
 

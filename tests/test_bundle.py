@@ -57,7 +57,7 @@ def parts(schema: Any) -> Iterator[dict[str, Any]]:
 def test_the_schema_is_one_and_describes_every_field() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$id"] == SCHEMA["properties"]["schema"]["const"] == bundles.SCHEMA
-    assert [part for part in parts(SCHEMA) if not part.get("description")] == []
+    assert [part for part in parts(SCHEMA) if not part.get("description") and "$ref" not in part] == []
 
 
 def test_a_bundle_for_onnx_runtime_keeps_the_schema(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_lone_model_is_no_engine(tmp_path: Path) -> None:
 
 
 def test_what_is_no_bundle_is_said_to_be_none(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModel, match="is no bundle: manifest.json cannot be read"):
+    with pytest.raises(InvalidModel, match=r"is no bundle: manifest\.json cannot be read"):
         graphopt.open(tmp_path)
     with pytest.raises(InvalidModel, match="is no bundle"):
         graphopt.open(tmp_path / "none")

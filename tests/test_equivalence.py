@@ -11,7 +11,16 @@ import pytest
 
 from graphopt import equivalence, ir
 from graphopt.backend import ShapeRange
-from graphopt.equivalence import Difference, Report, check_feeds, compare, difference, generate_inputs, input_samples, tolerance
+from graphopt.equivalence import (
+    Difference,
+    Report,
+    check_feeds,
+    compare,
+    difference,
+    generate_inputs,
+    input_samples,
+    tolerance,
+)
 from graphopt.errors import NotEquivalent, ShapeError, UnsupportedModel, UsageError
 from graphopt.ir import TensorSpec
 from graphopt.pass_base import Exactness
@@ -60,7 +69,10 @@ def test_difference(a: Any, b: Any, dtype: Any, relative: float) -> None:
     assert gap(a, b, dtype) == pytest.approx(relative, rel=1e-6)
 
 
-@pytest.mark.parametrize(("a", "b", "dtype"), [(2**63 - 1, 2**63 - 2, np.int64), (-(2**63), 1 - 2**63, np.int64), (2**64 - 1, 2**64 - 2, np.uint64)])
+@pytest.mark.parametrize(
+    ("a", "b", "dtype"),
+    [(2**63 - 1, 2**63 - 2, np.int64), (-(2**63), 1 - 2**63, np.int64), (2**64 - 1, 2**64 - 2, np.uint64)],
+)
 def test_the_last_bit_of_a_64_bit_integer_counts(a: int, b: int, dtype: Any) -> None:
     assert 0 < gap([a], [b], dtype) < 1e-18
 
@@ -102,7 +114,9 @@ def test_tolerance_is_what_the_docstring_argues() -> None:
 
 
 def test_types_that_a_model_computes_in_are_found_inside() -> None:
-    model = ir.parse("g (float[2] x) => (float[2] y) <int64[2] i = {1,2}, float16[2] w = {1,2}> { y = Cast <to = 1> (w) }")
+    model = ir.parse(
+        "g (float[2] x) => (float[2] y) <int64[2] i = {1,2}, float16[2] w = {1,2}> { y = Cast <to = 1> (w) }"
+    )
     assert equivalence.float_types(model) == ["float16", "float32"]
 
 
@@ -131,7 +145,9 @@ def test_generated_inputs_fit_and_are_deterministic(dtype: str, shape: Any) -> N
     assert first.shape == tuple(d if isinstance(d, int) else 2 for d in (shape if shape is not None else (2,)))
     assert (first == again).all()
     check_feeds([spec], {"x": first})
-    assert first.size < 3 or dtype in ("bool", "string", "int4", "uint4") or not (first == other).all() or dtype[0] in "iu"
+    assert (
+        first.size < 3 or dtype in ("bool", "string", "int4", "uint4") or not (first == other).all() or dtype[0] in "iu"
+    )
 
 
 def test_equal_symbols_get_equal_dimensions_and_samples_differ_in_them() -> None:
@@ -158,9 +174,17 @@ GOOD = {"x": np.zeros((2, 3), np.float32), "m": np.zeros(2, bool)}
     [
         ({"x": None}, UsageError, "missing ['x']; it takes float32[N,3] x, bool[N] m"),
         ({"z": np.zeros(1)}, UsageError, "unknown ['z']"),
-        ({"x": np.zeros((2, 3))}, UsageError, "input 'x' is float64, the model takes float32[N,3] x; convert it with .astype"),
+        (
+            {"x": np.zeros((2, 3))},
+            UsageError,
+            "input 'x' is float64, the model takes float32[N,3] x; convert it with .astype",
+        ),
         ({"x": np.zeros(3, np.float32)}, ShapeError, "input 'x' has shape [3], the model takes float32[N,3] x"),
-        ({"x": np.zeros((2, 4), np.float32)}, ShapeError, "input 'x' has shape [2, 4], but the model takes float32[N,3] x"),
+        (
+            {"x": np.zeros((2, 4), np.float32)},
+            ShapeError,
+            "input 'x' has shape [2, 4], but the model takes float32[N,3] x",
+        ),
         ({"m": np.zeros(5, bool)}, ShapeError, "'N' is 2 in input 'x' and 5 in 'm'; they must agree"),
     ],
 )
@@ -178,7 +202,10 @@ MODEL = "g (float[N] x) => (float[N] y) { y = Exp (x) }"
 
 
 def test_compare() -> None:
-    model, other = ir.parse(MODEL), ir.parse("g (float[N] x) => (float[N] y) <float[1] k = {1.5}> { a = Exp (x) y = Mul (a, k) }")
+    model, other = (
+        ir.parse(MODEL),
+        ir.parse("g (float[N] x) => (float[N] y) <float[1] k = {1.5}> { a = Exp (x) y = Mul (a, k) }"),
+    )
     same = compare(model, model)
     assert same.equal
     assert (same.samples, same.engine, same.tolerance) == (2, "onnxruntime", 0)
@@ -200,7 +227,9 @@ def test_models_with_other_names_are_not_comparable() -> None:
 
 
 def test_a_candidate_that_cannot_run_is_not_equivalent() -> None:
-    broken = ir.parse('<ir_version: 10, opset_import: ["" : 18, "com.example" : 1]> g (float[N] x) => (float[N] y) { y = com.example.Odd (x) }')
+    broken = ir.parse(
+        '<ir_version: 10, opset_import: ["" : 18, "com.example" : 1]> g (float[N] x) => (float[N] y) { y = com.example.Odd (x) }'
+    )
     with pytest.raises(NotEquivalent, match="the original can be run, the candidate cannot"):
         compare(ir.parse(MODEL), broken)
     fussy = ir.parse("g (float[N] x) => (float[N] y) <int64[1] s = {77}> { a = Exp (x) y = Reshape (a, s) }")
@@ -219,7 +248,7 @@ def test_an_original_that_cannot_run_proves_nothing() -> None:
 def test_both_models_run_in_one_engine() -> None:
     """A dead node that ONNX Runtime refuses sends the original to the reference; the candidate follows it there."""
     text = "g (float[3] x) => (float[3] y) {{ {} y = Exp (x) }}"
-    old = ir.parse(text.format("z = BitShift <direction = \"LEFT\"> (a, a) a = Cast <to = 3> (x)"))
+    old = ir.parse(text.format('z = BitShift <direction = "LEFT"> (a, a) a = Cast <to = 3> (x)'))
     assert compare(ir.parse(text.format("")), ir.parse(text.format(""))).engine == "onnxruntime"
     assert old.inputs
     reference = ir.parse("g (bfloat16[3] x) => (bfloat16[3] y) { y = Exp (x) }")

@@ -13,7 +13,17 @@ import pytest
 
 from graphopt import equivalence, ir
 from graphopt.errors import PassError, VerifyError
-from graphopt.instruments import Compare, Dump, FullCheck, PrintAfterChange, Reproducer, Statistics, Timing, Verify, _Silent
+from graphopt.instruments import (
+    Compare,
+    Dump,
+    FullCheck,
+    PrintAfterChange,
+    Reproducer,
+    Statistics,
+    Timing,
+    Verify,
+    _Silent,
+)
 from graphopt.ir import Constant, Model
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.pipeline import Pipeline
@@ -80,7 +90,11 @@ class Journal(_Silent):
 def test_instruments_are_called_in_the_order_given() -> None:
     calls: list[str] = []
     Pipeline.parse("eliminate-identity").run(ir.parse(TEXT), instruments=[Journal("a", calls), Journal("b", calls)])
-    assert calls == [f"{n} {what}" for what in ("begin", "before eliminate-identity", "after eliminate-identity 1", "end") for n in "ab"]
+    assert calls == [
+        f"{n} {what}"
+        for what in ("begin", "before eliminate-identity", "after eliminate-identity 1", "end")
+        for n in "ab"
+    ]
 
 
 def test_a_failure_is_told_to_all_and_ends_the_pipeline() -> None:
@@ -93,7 +107,11 @@ def test_a_failure_is_told_to_all_and_ends_the_pipeline() -> None:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("interface", r"outputs changed from float32\[2\] y to float32\[3\] y"), ("input", "inputs changed"), ("dangling", "reads 'ghost' before it is defined")],
+    [
+        ("interface", r"outputs changed from float32\[2\] y to float32\[3\] y"),
+        ("input", "inputs changed"),
+        ("dangling", "reads 'ghost' before it is defined"),
+    ],
 )
 def test_verify_is_the_default_and_catches(how: str, message: str) -> None:
     with pytest.raises(VerifyError, match=message):
@@ -163,7 +181,9 @@ def test_timing_statistics_and_dump(tmp_path: Path) -> None:
 
 def test_print_after_change_emits_a_diff() -> None:
     texts: list[str] = []
-    Pipeline.parse("eliminate-identity,eliminate-identity").run(ir.parse(TEXT), instruments=[PrintAfterChange(texts.append)])
+    Pipeline.parse("eliminate-identity,eliminate-identity").run(
+        ir.parse(TEXT), instruments=[PrintAfterChange(texts.append)]
+    )
     assert len(texts) == 1
     assert "+++ after eliminate-identity" in texts[0]
     assert any(line.startswith("-") and "Identity" in line for line in texts[0].splitlines())
@@ -187,7 +207,15 @@ def test_reproducer_writes_a_file_that_fails_again(tmp_path: Path, monkeypatch: 
         for _ in range(2):  # a reproducer of a reproducer holds the same
             facts = json.loads({p.key: p.value for p in model.carried.metadata_props}[Reproducer.KEY])
             assert facts["pipeline"] == f"wrong{{how={how}}}" if how != "numbers" else "wrong"
-            assert shlex.split(facts["command"]) == ["graphopt", "opt", str(path), "-o", "out.onnx", "-p", facts["pipeline"]]
+            assert shlex.split(facts["command"]) == [
+                "graphopt",
+                "opt",
+                str(path),
+                "-o",
+                "out.onnx",
+                "-p",
+                facts["pipeline"],
+            ]
             with pytest.raises(kind) as again:
                 Pipeline.parse(facts["pipeline"]).run(model, instruments=[Verify(), Compare(), Reproducer(path)])
             assert str(again.value).split("; passes before")[0] == str(first.value).split("; passes before")[0]
@@ -205,5 +233,9 @@ def test_a_reproducer_that_cannot_be_written_does_not_hide_the_error(tmp_path: P
 def test_comparison_of_a_whole_preset_on_given_feeds() -> None:
     compare = Compare([{"x": np.array([1, 2], np.float32)}])
     Pipeline.parse("O2").run(ir.parse(TEXT), instruments=[Verify(), FullCheck(), compare])
-    assert [(name, report.samples, report.equal) for name, report in compare.reports][0] == ("eliminate-identity", 1, True)
+    assert [(name, report.samples, report.equal) for name, report in compare.reports][0] == (
+        "eliminate-identity",
+        1,
+        True,
+    )
     assert equivalence.tolerance(Exactness.EXACT, 0, []) == 0

@@ -343,7 +343,9 @@ def test_a_constant_of_strings_big_endian_numbers_or_no_dimension_is_saved_right
 
 
 def test_a_constant_that_onnx_cannot_express_is_refused():
-    with pytest.raises(UnsupportedModel, match="constant 'when': ONNX has no element type for datetime64.*; cast the array"):
+    with pytest.raises(
+        UnsupportedModel, match=r"constant 'when': ONNX has no element type for datetime64.*; cast the array"
+    ):
         Constant("when", np.array(["2026-01-01"], "M8[D]"))
 
 
@@ -408,6 +410,23 @@ def test_text_files_round_trip(tmp_path):
     model = ir.parse(BODIES)
     assert ir.save(model, tmp_path / "m.onnxtxt") == [tmp_path / "m.onnxtxt"]
     assert ir.load(tmp_path / "m.onnxtxt").to_proto() == model.to_proto()
+
+
+def test_sub_byte_values_of_a_text_are_packed():
+    body = "p = Constant <value = int4[3] {-8, 7, 1}> ()"
+    model = ir.parse(f"""g (bool c, float[1] x) => (float[1] y) <int4[3] a = {{1, -2, 3}}, uint2[5] b = {{0, 1, 2, 3, 1}}> {{
+        y = If (c) <then_branch = one () => (p) <int4[1] q = {{-1}}> {{ {body} }}, else_branch = two () => (p2) {{ {body.replace("p =", "p2 =")} }}>
+    }}""")
+    found = {name: array.tolist() for name, array in values(again(model)).items()}
+    assert found == {"a": [1, -2, 3], "b": [0, 1, 2, 3, 1], "q": [-1]}
+    assert [n.attrs["value"].values.tolist() for n in model.nodes() if n.op == "Constant"] == [[-8, 7, 1]] * 2
+
+
+def test_a_text_file_that_could_not_be_read_back_is_not_written(tmp_path):
+    model = ir.parse("g (float[1] x) => (float[1] y) <int4[3] q = {1, 2, 3}> { y = Relu (x) }")
+    with pytest.raises(UnsupportedModel, match="onnx's text form cannot hold this model: save it as .onnx"):
+        ir.save(model, tmp_path / "m.onnxtxt")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------- constants of passes

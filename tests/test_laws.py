@@ -18,7 +18,7 @@ from graphopt import equivalence, ir, verify
 from graphopt.discovery import find_pass, pass_modules
 from graphopt.evaluate import Evaluator, evaluate_node
 from graphopt.pass_base import Context, Exactness
-from graphopt.pipeline import Pipeline
+from graphopt.pipeline import PRESETS, Pipeline
 from graphopt.signature import Signature
 
 PIPELINES = [*pass_modules(), "O1", "O2"]
@@ -61,7 +61,7 @@ def check_equivalent(before: ir.Model, after: ir.Model, exactness: Exactness, re
 
 @pytest.mark.parametrize("text", PIPELINES)
 def test_result_is_valid_equivalent_idempotent_and_the_input_untouched(text: str) -> None:
-    @RUNS
+    @settings(RUNS, max_examples=RUNS.max_examples if text in PRESETS else 15)
     @given(models())
     def law(model: ir.Model) -> None:
         untouched, fingerprint = Signature(model), model.fingerprint()
@@ -80,7 +80,7 @@ def test_result_is_valid_equivalent_idempotent_and_the_input_untouched(text: str
 
 @pytest.mark.parametrize("text", [*pass_modules(), "O2"])
 def test_any_number_of_single_rewrites_leaves_a_valid_equivalent_model(text: str) -> None:
-    @settings(RUNS, max_examples=8)
+    @settings(RUNS, max_examples=8 if text in PRESETS else 4)
     @given(models())
     def law(model: ir.Model) -> None:
         ctx = Context(evaluate=evaluate_node)

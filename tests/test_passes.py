@@ -62,7 +62,9 @@ def test_pass_with_other_options_survives_its_text_form(name: str) -> None:
     others = {}
     for item in dataclasses.fields(kind):
         value = getattr(kind(), item.name)
-        others[item.name] = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else value
+        others[item.name] = (
+            not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else value
+        )
     assert kind().options() == {}
     assert Pipeline.parse(str(Pipeline((kind(**others),)))).passes == (kind(**others),)
 
@@ -103,7 +105,9 @@ def test_case(case: Case) -> None:
     if case.remark:
         assert any(case.remark in str(r) for r in result.remarks), list(map(str, result.remarks))
     if case.after is not None:
-        allowed = equivalence.tolerance(Pipeline.parse(case.pipeline).exactness, result.rewrites, equivalence.float_types(before))
+        allowed = equivalence.tolerance(
+            Pipeline.parse(case.pipeline).exactness, result.rewrites, equivalence.float_types(before)
+        )
         equivalence.compare(before, result.model, allowed=allowed).require(case.name)
 
 
@@ -133,7 +137,9 @@ HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 def test_unusual_floats_are_folded_bit_by_bit(values: list[float]) -> None:
     array = np.array(values, np.float32)
     model = with_constant(
-        f"{HEADER} g (float[2] x) => (float[4] y) <float[2] w = {{1,2}}> {{ a = Concat <axis=0> (w, w)  b = Concat <axis=0> (x, x)  y = Add (a, b) }}", "w", array
+        f"{HEADER} g (float[2] x) => (float[4] y) <float[2] w = {{1,2}}> {{ a = Concat <axis=0> (w, w)  b = Concat <axis=0> (x, x)  y = Add (a, b) }}",
+        "w",
+        array,
     )
     folded = {c.name: c.values for c in run("fold-constants", model).model.constants()}
     assert folded["a"].tobytes() == np.concatenate([array, array]).tobytes()
@@ -154,7 +160,9 @@ def test_types_that_runtimes_cannot_take_are_folded_by_the_reference(dtype: type
 
 
 def test_a_cast_to_bfloat16_is_folded() -> None:
-    model = ir.parse("g (bfloat16[2] x) => (bfloat16[2] y) <float[2] w = {1.0, 3.0}> { b = Cast <to = 16> (w)  y = Add (x, b) }")
+    model = ir.parse(
+        "g (bfloat16[2] x) => (bfloat16[2] y) <float[2] w = {1.0, 3.0}> { b = Cast <to = 16> (w)  y = Add (x, b) }"
+    )
     result = run("fold-constants", model).model
     assert [c.values.dtype.name for c in result.constants()] == ["bfloat16"]
 
@@ -199,10 +207,15 @@ def test_an_evaluator_that_refuses_leaves_the_node_and_a_remark() -> None:
 
 def test_sparse_constants_stay() -> None:
     sparse = onnx.helper.make_sparse_tensor(
-        onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [1], [2.0]), onnx.helper.make_tensor("", onnx.TensorProto.INT64, [1], [1]), [3]
+        onnx.helper.make_tensor("", onnx.TensorProto.FLOAT, [1], [2.0]),
+        onnx.helper.make_tensor("", onnx.TensorProto.INT64, [1], [1]),
+        [3],
     )
     info = onnx.helper.make_tensor_value_info
-    nodes = [onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse), onnx.helper.make_node("Add", ["x", "c"], ["y"])]
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["c"], sparse_value=sparse),
+        onnx.helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
     graph = onnx.helper.make_graph(nodes, "g", [info("x", 1, [3])], [info("y", 1, [3])])
     model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8))
     result = Pipeline.parse("fold-constants").run(model)
@@ -214,7 +227,9 @@ def test_operands_of_a_constant_are_evaluated_as_the_pass_asks_and_equal_nodes_s
     from graphopt import evaluate
 
     evaluate._prepared.cache_clear()
-    model = ir.parse("g (float[2] x) => (float[2] y) <float[2] w = {1,2}> { a = Neg (w) b = Neg (a) c = Neg (b) y = Add (x, c) }")
+    model = ir.parse(
+        "g (float[2] x) => (float[2] y) <float[2] w = {1,2}> { a = Neg (w) b = Neg (a) c = Neg (b) y = Add (x, c) }"
+    )
     assert run("fold-constants", model).rewrites == 3
     assert evaluate._prepared.cache_info().misses == 1
 

@@ -72,7 +72,10 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
         {"count": 1 << 70},
         {"ratio": float("inf")},
         {"ratio": 3.0},
-        *({"word": w} for w in ("", "a b", "a,b", "it's", '"', "true", "none", "5", "0", "1e5", "\\d+", "ä\n", "a{b}", "[", "=")),
+        *(
+            {"word": w}
+            for w in ("", "a b", "a,b", "it's", '"', "true", "none", "5", "0", "1e5", "\\d+", "ä\n", "a{b}", "[", "=")
+        ),
         *({"names": n} for n in (("a",), ("/head/*", "a,b", ""), ("none", "1"))),
         {"pair": (3, "4")},
         {"nested": ((1, 2), (), (3,))},
@@ -272,7 +275,9 @@ def test_a_report_without_a_change_is_an_error_of_the_author() -> None:
 
 def test_an_exception_names_the_pass_and_what_ran_before() -> None:
     steps = Pipeline.parse("eliminate-identity").steps + (Liar("boom"),)
-    with pytest.raises(PassError, match=r"test-pipeline failed \(ZeroDivisionError: boom\); passes before it: eliminate-identity"):
+    with pytest.raises(
+        PassError, match=r"test-pipeline failed \(ZeroDivisionError: boom\); passes before it: eliminate-identity"
+    ):
         Pipeline(steps).run(ir.parse(TEXT))
 
 
@@ -321,3 +326,11 @@ def test_a_file_with_two_passes_or_another_name_is_an_error_of_the_author(monkey
         discovery.find_pass("no-pass")
     with pytest.raises(UnknownPass, match="did you mean 'no-pass'"):
         discovery.find_pass("no-pas")
+
+
+def test_a_context_used_twice_knows_the_second_model() -> None:
+    """Analyses of the first model must not speak of the second."""
+    ctx = Context(evaluate=evaluate_node)
+    for shape in ("2", "3"):
+        model = ir.parse(f"g (float[{shape}] x) => (float[{shape}] y) {{ a = Cast <to = 1> (x) y = Exp (a) }}")
+        assert [n.op for n in Pipeline.parse("O2").run(model, ctx).model.nodes()] == ["Exp"]

@@ -20,7 +20,13 @@ from graphopt.rewrite import Match, RewritePass, const, find, maybe, op
 class AddOfMul(RewritePass):
     """``x * k + b -> Affine``, written as Gemm-like Sum so that the result is easy to see."""
 
-    pattern = op("Add", op("Mul", "x", const("k", unshared=True), commutative=True, name="mul"), const("b"), commutative=True, name="add")
+    pattern = op(
+        "Add",
+        op("Mul", "x", const("k", unshared=True), commutative=True, name="mul"),
+        const("b"),
+        commutative=True,
+        name="add",
+    )
 
     def rewrite(self, match: Match, edit: Editor):
         root = match.nodes["add"]
@@ -72,7 +78,9 @@ BRANCH = "else_branch = e () => (float[2] q) { q = Neg (x) }>"
 
 
 def test_law_1_an_interior_value_has_no_reader_outside() -> None:
-    assert "'m' is also read by" in refused("m = Mul (x, k) y = Add (m, b) z = Neg (m)", outputs="float[2] y, float[2] z")
+    assert "'m' is also read by" in refused(
+        "m = Mul (x, k) y = Add (m, b) z = Neg (m)", outputs="float[2] y, float[2] z"
+    )
 
 
 def test_law_1_a_use_in_a_body_counts() -> None:
@@ -90,7 +98,9 @@ def test_law_2_nor_an_output_of_a_body() -> None:
 
 
 def test_law_3_a_constant_is_no_input() -> None:
-    assert "'b' is a graph input" in refused("m = Mul (x, k) y = Add (m, b)", inputs="float[2] x, float[2] b", weights="<float[2] k = {1,2}>")
+    assert "'b' is a graph input" in refused(
+        "m = Mul (x, k) y = Add (m, b)", inputs="float[2] x, float[2] b", weights="<float[2] k = {1,2}>"
+    )
 
 
 def test_law_3_a_constant_is_not_computed() -> None:
@@ -98,7 +108,9 @@ def test_law_3_a_constant_is_not_computed() -> None:
 
 
 def test_law_3_a_constant_cannot_be_overridden() -> None:
-    told = refused("m = Mul (x, k) y = Add (m, b)", inputs="float[2] x, float[2] b = {3,4}", weights="<float[2] k = {1,2}>")
+    told = refused(
+        "m = Mul (x, k) y = Add (m, b)", inputs="float[2] x, float[2] b = {3,4}", weights="<float[2] k = {1,2}>"
+    )
     assert "callers may override" in told
 
 
@@ -138,15 +150,26 @@ class ClipToRelu(RewritePass):
 
     def rewrite(self, match: Match, edit: Editor):
         root = match.root
-        return edit.insert_before(root, Node("Relu", "", None, [match["x"]], [edit.variable("r", root.outputs[0])])).outputs[0]
+        return edit.insert_before(
+            root, Node("Relu", "", None, [match["x"]], [edit.variable("r", root.outputs[0])])
+        ).outputs[0]
 
 
 @pytest.mark.parametrize(
     ("call", "expected"),
-    [("Clip (x, l)", ""), ("Clip (x, l, )", ""), ("Clip (x, l, h)", "upper bound"), ("Clip (x, m)", "not at 0"), ("Clip (x, , h)", None)],
+    [
+        ("Clip (x, l)", ""),
+        ("Clip (x, l, )", ""),
+        ("Clip (x, l, h)", "upper bound"),
+        ("Clip (x, m)", "not at 0"),
+        ("Clip (x, , h)", None),
+    ],
 )
 def test_optional_operands(call: str, expected: str | None) -> None:
-    model, rewrites, remarks = run(ClipToRelu(), f"g (float[2] x) => (float[2] y) <float l = {{0}}, float m = {{1}}, float h = {{6}}> {{ y = {call} }}")
+    model, rewrites, remarks = run(
+        ClipToRelu(),
+        f"g (float[2] x) => (float[2] y) <float l = {{0}}, float m = {{1}}, float h = {{6}}> {{ y = {call} }}",
+    )
     assert rewrites == (expected == "")
     assert ops(model) == ["Relu" if rewrites else "Clip"]
     assert not expected or expected in remarks[0]
@@ -155,7 +178,9 @@ def test_optional_operands(call: str, expected: str | None) -> None:
 
 def test_an_optional_operand_named_twice_must_be_absent_twice() -> None:
     pattern = op("Clip", "x", maybe("bound"), maybe("bound"))
-    model = ir.parse("g (float[2] x) => (float[2] y, float[2] z) <float l = {0}> { y = Clip (x, , l) z = Clip (x, l, l) }")
+    model = ir.parse(
+        "g (float[2] x) => (float[2] y, float[2] z) <float l = {0}> { y = Clip (x, , l) z = Clip (x, l, l) }"
+    )
     found = [find(pattern, n, Editor(model))[0] is not None for n in model.nodes()]
     assert found == [False, True]
 
@@ -204,7 +229,9 @@ class ThirdOutput(RewritePass):
 
 
 def test_an_interior_node_is_matched_through_its_first_output_only() -> None:
-    _, rewrites, remarks = run(ThirdOutput(), "g (float[4] x) => (float[2] y) { a, b = Split <num_outputs = 2> (x) y = Neg (b) }")
+    _, rewrites, remarks = run(
+        ThirdOutput(), "g (float[4] x) => (float[2] y) { a, b = Split <num_outputs = 2> (x) y = Neg (b) }"
+    )
     assert (rewrites, remarks) == (0, [])
 
 
@@ -242,7 +269,9 @@ def test_two_nodes_of_a_pattern_need_two_names() -> None:
 def test_a_node_named_twice_is_one_node() -> None:
     shared = op("Sigmoid", "x")
     pattern = op("Mul", shared, shared)
-    model = ir.parse("g (float[2] x) => (float[2] y, float[2] z) { a = Sigmoid (x) b = Sigmoid (x) y = Mul (a, a) z = Mul (a, b) }")
+    model = ir.parse(
+        "g (float[2] x) => (float[2] y, float[2] z) { a = Sigmoid (x) b = Sigmoid (x) y = Mul (a, a) z = Mul (a, b) }"
+    )
     edit = Editor(model)
     assert find(pattern, model.graph.nodes[3], edit) == (None, None)
     assert "is also read by" in str(find(pattern, model.graph.nodes[2], edit)[1])

@@ -307,7 +307,7 @@ def test_the_checker_of_onnx_passes_a_valid_model_and_names_a_wrong_type(monkeyp
     assert len(str(caught.value).splitlines()) == 1
     monkeypatch.setattr(verify, "EXTERNAL_ABOVE", -1)  # as for a model of 2 GB: through files
     verify.full(ir.parse(CHAIN))
-    with pytest.raises(InvalidModel, match="onnx.checker: "):
+    with pytest.raises(InvalidModel, match=r"onnx\.checker: "):
         verify.full(wrong)
 
 

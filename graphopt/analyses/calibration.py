@@ -42,11 +42,17 @@ class Statistics:
         self._exponent: int | None = None  # bins are 2 ** exponent wide
 
     def add(self, values: Array) -> None:
-        """Take in more values; NaN and infinity are the caller's to refuse."""
+        """Take in more values.
+
+        Raises:
+            FloatingPointError: NaN or infinity among them.
+        """
         if not values.size:
             return
         flat = np.ravel(values)
-        low, high = float(flat.min()), float(flat.max())
+        low, high = float(flat.min()), float(flat.max())  # NaN if any is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise FloatingPointError("NaN or infinity")
         if self.seen:
             self.average_low = _MEMORY * self.average_low + (1 - _MEMORY) * low
             self.average_high = _MEMORY * self.average_high + (1 - _MEMORY) * high
@@ -195,12 +201,13 @@ def calibrate(
     done: dict[int, int] = {}
     for group, values in runs(model, names, data, budget):
         for name, array in values.items():
-            found[name].add(array)
-            if not math.isfinite(found[name].low) or not math.isfinite(found[name].high) or found[name].low > found[name].high:
+            try:
+                found[name].add(array)
+            except FloatingPointError:
                 raise UsageError(
                     f"tensor {name!r} becomes NaN or infinite on the calibration data (run {done.get(group, 0)} of {data.name}); "
                     "check the samples, or exclude the layers that read it"
-                )
+                ) from None
         done[group] = done.get(group, 0) + 1
         progress(done[group], data.count)
     return found

@@ -26,8 +26,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import channel_relations
-from graphopt.analyses.shapes import Shape, Shapes
-from graphopt.analyses.symbolic import Expr
+from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor, captures
 from graphopt.ir import Constant, Model, Node, subgraphs
 
@@ -70,7 +69,7 @@ class _Weight:
     tensor: Constant
     labels: Labels
     frozen: bool = False
-    custom: Callable[[Kept, Array], Array] | None = None
+    custom: channel_relations.BlockSlice | None = None
     users: int = 0
 
 
@@ -387,61 +386,111 @@ class ChannelGroups:
                         dim if atoms is None else kept.count(atoms) for dim, atoms in zip(tensor.shape, labels, strict=True)
                     )
 
-    def cost(self, kept: Kept) -> tuple[int, int]:
-        """Multiply-accumulates of one sample, and parameters, of the model with what stays."""
-        macs = sum(self._macs(node, kept) for node in self.model.graph.nodes if node.op in _MATRIX)
-        return macs, self.parameters(kept)
+    def cost_model(self, what: str) -> CostModel:
+        """What the model costs, and what it saves to remove classes: ``macs`` of one sample, or ``params``."""
+        return CostModel(self, self._macs() if what == "macs" else self._params())
 
-    def parameters(self, kept: Kept) -> int:
-        """Elements of the float constants that stay."""
-        total = 0
+    def _axis(self, tensor: gs.Tensor, axis: int) -> Array | int:
+        atoms = (self.labels(tensor) or ())[axis]
+        dim = (self.shapes.shape(tensor) or ())[axis]
+        return atoms if atoms is not None else dim if isinstance(dim, int) else 1
+
+    def _macs(self) -> list[Term]:
+        found: list[Term] = []
+        for node in self.model.graph.nodes:
+            if node.op not in _MATRIX or not node.is_onnx:
+                continue
+            data, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
+            ranks = [self.shapes.rank(t) for t in (data, weight, result)]
+            if any(r is None or r < 2 for r in ranks):
+                continue
+            factors = [self._axis(result, i) for i in range(ranks[2] or 0)]
+            if node.op == "Conv":
+                taps = [self._axis(weight, i) for i in range(2, ranks[1] or 0)]
+                group = int(node.attrs.get("group", 1))
+                ins = self._axis(data, 1)
+                width = ins if isinstance(ins, int) else len(ins)
+                found.append(_term([*factors, *taps, *([] if group == width > 1 else [ins])], 1 if group == width else group))
+            elif node.op == "ConvTranspose":
+                taps = [self._axis(weight, i) for i in range(1, ranks[1] or 0)]
+                found.append(_term([*(self._axis(data, i) for i in range(ranks[0] or 0)), *taps]))
+            else:
+                inner = 0 if node.op == "Gemm" and node.attrs.get("transA", 0) else -1
+                found.append(_term([*factors, self._axis(data, inner)]))
+        return found
+
+    def _params(self) -> list[Term]:
+        found: list[Term] = []
         for tensor in self.model.constants():
             if np.dtype(tensor.dtype).kind not in "fV":
                 continue
             weight = self._weights.get(id(tensor))
-            sizes = [int(n) for n in tensor.shape]
+            factors: list[Array | int] = [int(n) for n in tensor.shape]
             if weight is not None:
-                if weight.custom is not None:
-                    total += math.prod(channel_relations.custom_shape(weight.custom, kept, sizes))
-                    continue
-                sizes = [n if a is None else kept.count(a) for n, a in zip(sizes, weight.labels, strict=True)]
-            total += math.prod(sizes)
-        return total
-
-    def _dims(self, tensor: gs.Tensor, kept: Kept) -> list[int]:
-        shape: Shape = self.shapes.shape(tensor) or ()
-        labels = self.labels(tensor) or ()
-        return [
-            kept.count(a) if a is not None else 1 if isinstance(d, Expr) else d
-            for d, a in zip(shape, labels, strict=False)
-        ]
-
-    def _macs(self, node: Node, kept: Kept) -> int:
-        out = self._dims(node.outputs[0], kept)
-        if node.op in ("Conv", "ConvTranspose"):
-            taps = math.prod(int(n) for n in (self.shapes.shape(node.inputs[1]) or ())[2:] if isinstance(n, int))
-            group = int(node.attrs.get("group", 1))
-            data, result = self._dims(node.inputs[0], kept), out
-            if len(data) < 2 or len(result) < 2:
-                return 0
-            depthwise = group > 1 and group == self._full(node.inputs[0])
-            ins = 1 if depthwise else data[1] // group
-            if node.op == "Conv":
-                return math.prod(result) * ins * taps
-            outs = 1 if depthwise else result[1] // group
-            return math.prod(data) * outs * taps
-        data = self._dims(node.inputs[0], kept)
-        if not data:
-            return 0
-        inner = data[0] if node.op == "Gemm" and node.attrs.get("transA", 0) else data[-1]
-        return math.prod(out) * inner
-
-    def _full(self, tensor: gs.Tensor) -> int:
-        shape = self.shapes.shape(tensor) or ()
-        return int(shape[1]) if len(shape) > 1 and isinstance(shape[1], int) else 0
+                factors = [n if a is None else a for n, a in zip(factors, weight.labels, strict=True)]
+                columns = weight.custom.columns[0] if weight.custom is not None else None
+                if columns is not None:
+                    factors[1] = columns
+            found.append(_term(factors))
+        return found
 
 
 _MATRIX = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+Term = tuple[float, tuple[Array, ...]]  # a number times the lengths of axes
+
+
+def _term(factors: Sequence[Array | int], divisor: int = 1) -> Term:
+    axes = tuple(f for f in factors if not isinstance(f, int))
+    return math.prod(f for f in factors if isinstance(f, int)) / divisor, axes
+
+
+class CostModel:
+    """A sum of products of axis lengths, kept up to date while classes go."""
+
+    def __init__(self, groups: ChannelGroups, terms: Sequence[Term]) -> None:
+        self.lengths: list[int] = []
+        self._numbers: dict[bytes, int] = {}
+        self._where: dict[int, list[tuple[int, int]]] = {}  # class -> (axis, indices on it)
+        self._terms: list[tuple[float, list[int]]] = []
+        self._of_axis: dict[int, list[int]] = {}
+        for factor, axes in terms:
+            numbers = [self._number(groups.roots[a]) for a in axes]
+            for number in set(numbers):
+                self._of_axis.setdefault(number, []).append(len(self._terms))
+            self._terms.append((factor, numbers))
+
+    def _number(self, roots: Array) -> int:
+        key = roots.tobytes()
+        if key not in self._numbers:
+            number = self._numbers[key] = len(self.lengths)
+            self.lengths.append(len(roots))
+            for root, count in zip(*np.unique(roots, return_counts=True), strict=True):
+                self._where.setdefault(int(root), []).append((number, int(count)))
+        return self._numbers[key]
+
+    def _value(self, term: int, lengths: Sequence[int]) -> float:
+        factor, axes = self._terms[term]
+        return factor * math.prod(lengths[a] for a in axes)
+
+    def total(self) -> float:
+        """The cost now."""
+        return sum(self._value(i, self.lengths) for i in range(len(self._terms)))
+
+    def saving(self, classes: Iterable[int]) -> float:
+        """What the cost would fall by."""
+        lengths = list(self.lengths)
+        touched: dict[int, None] = {}
+        for root in classes:
+            for axis, count in self._where.get(root, ()):
+                lengths[axis] -= count
+                touched.update(dict.fromkeys(self._of_axis[axis]))
+        return sum(self._value(i, self.lengths) - self._value(i, lengths) for i in touched)
+
+    def remove(self, classes: Iterable[int]) -> None:
+        """Let classes go."""
+        for root in classes:
+            for axis, count in self._where.get(root, ()):
+                self.lengths[axis] -= count
 
 
 def _count(

@@ -226,20 +226,6 @@ class BlockSlice:
             blocks.append(block if columns is None else block[:, kept.indices(columns)])
         return np.concatenate(blocks)
 
-    def shape(self, kept: Kept, sizes: Sequence[int]) -> list[int]:
-        """The shape of that."""
-        columns = self.columns[0]
-        return [
-            sum(kept.count(rows) for rows in self.rows),
-            sizes[1] if columns is None else kept.count(columns),
-            *sizes[2:],
-        ]
-
-
-def custom_shape(custom: Any, kept: Kept, sizes: Sequence[int]) -> list[int]:
-    """The shape that a weight has after its own way of slicing."""
-    return list(custom.shape(kept, sizes))
-
 
 @_relation("Conv")
 def _conv(call: Call) -> Sequence[Labels | None] | None:

@@ -147,6 +147,8 @@ def _entropy(statistics: Statistics, scheme: Scheme, share: float) -> tuple[floa
     width = float(edges[1] - edges[0])
     folded = np.bincount((middle / width).astype(np.int64), counts)
     levels = _LEVELS if scheme.symmetric or statistics.low < 0 else 2 * _LEVELS
+    if len(folded) > 1:
+        folded[0] = folded[1]  # exact zeros have a code whatever the range is
     if len(folded) <= levels:
         return statistics.low, statistics.high
     step = max(1, len(folded) // 256)

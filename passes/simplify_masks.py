@@ -1,0 +1,159 @@
+"""Boolean algebra that holds for every input.
+
+not not x = x                   where(not c, a, b) = where(c, b, a)         where(c, a, a) = a
+not (a < b) = a >= b            for integers; a float may be NaN, of which every comparison is false
+cast(x) == 1 is x               for a boolean x; cast(x) == 0 is not x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Pass
+
+_OPPOSITE: Final = {
+    "Less": "GreaterOrEqual",
+    "GreaterOrEqual": "Less",
+    "Greater": "LessOrEqual",
+    "LessOrEqual": "Greater",
+}
+
+
+@dataclass(frozen=True)
+class SimplifyMasks(Pass):
+    """Simplify Not, Where, comparisons and casts of masks.
+
+    Before:
+        g (bool[2] c, float[2] a, float[2] b) => (float[2] y)
+        { n = Not (c)
+          w = Where (n, a, b)
+          y = Exp (w) }
+    After:
+        g (bool[2] c, float[2] a, float[2] b) => (float[2] y)
+        { w = Where (c, b, a)
+          y = Exp (w) }
+    """
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Sweeps in topological order until nothing changes; returns the number of rewrites."""
+        shapes = ctx.analysis(Shapes, model)
+        edit = Editor(model)
+        total = 0
+        for node in list(model.nodes()):
+            rule = _RULES.get(node.op)
+            if rule is None or not node.is_onnx:
+                continue
+            current = node
+            while (found := rule(current, shapes, edit, model.opset)) is not None:
+                result = current.outputs[0]
+                if isinstance(found, gs.Tensor) and not edit.can_replace(result, found):
+                    ctx.remark(node, f"is {found.name!r}, but gives output {result.name!r} its name")
+                    break
+                if not ctx.admit():
+                    edit.commit()
+                    return total
+                total += 1
+                inner = [p for t in current.inputs if (p := edit.producer(t)) is not None]
+                if isinstance(found, gs.Tensor):
+                    edit.replace_uses(result, found)
+                    edit.erase(current)
+                    _erase_unread(edit, inner)
+                    break
+                op, operands = found
+                current.outputs.clear()
+                new = Node(op, current.name, {}, operands, [result])
+                edit.insert_before(current, new, origin=(*inner, current))
+                edit.erase(current)
+                _erase_unread(edit, inner)
+                current = new
+                rule = _RULES.get(op)
+                if rule is None:
+                    break
+        edit.commit()
+        return total
+
+
+Found = gs.Tensor | tuple[str, list[gs.Tensor]] | None
+Rule = Callable[[Node, Shapes, Editor, int], Found]
+
+
+def _erase_unread(edit: Editor, nodes: list[Node]) -> None:
+    for node in nodes:
+        if not edit.is_erased(node) and not any(t.outputs or edit.is_output(t) for t in node.outputs):
+            edit.erase(node)
+
+
+def _made_by(tensor: gs.Tensor, op: str, edit: Editor) -> Node | None:
+    node = edit.producer(tensor)
+    return node if node is not None and node.op == op and node.is_onnx else None
+
+
+def _not(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    inner = _made_by(node.inputs[0], "Not", edit)
+    if inner is not None:
+        return inner.inputs[0]
+    compared = edit.producer(node.inputs[0])
+    if compared is None or compared.op not in _OPPOSITE or not compared.is_onnx or opset < 12:
+        return None
+    dtype = shapes.dtype(compared.inputs[0])
+    if dtype is None or dtype.kind not in "iu" or edit.sole_consumer(node.inputs[0]) is not node:
+        return None
+    return (_OPPOSITE[compared.op], list(compared.inputs)) if edit.graph_of(compared) is edit.graph_of(node) else None
+
+
+def _where(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    condition, a, b = node.inputs
+    negated = _made_by(condition, "Not", edit)
+    if negated is not None:
+        return "Where", [negated.inputs[0], b, a]
+    chosen: gs.Tensor | None = a if a is b else None
+    if chosen is None and edit.is_fixed(condition) and condition.values.size:
+        chosen = a if bool(condition.values.all()) else b if not condition.values.any() else None
+    if chosen is None:
+        return None
+    shape = shapes.shape(chosen)
+    return chosen if shape is not None and shape == shapes.shape(node.outputs[0]) else None
+
+
+def _equal(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    for index in (0, 1):
+        cast, constant = _made_by(node.inputs[index], "Cast", edit), node.inputs[1 - index]
+        if cast is None or not edit.is_fixed(constant) or np.dtype(constant.dtype).kind not in "iuf":
+            continue
+        mask, values = cast.inputs[0], constant.values
+        dtype, shape = shapes.dtype(mask), shapes.shape(mask)
+        if (
+            dtype is None
+            or dtype.kind != "b"
+            or shape is None
+            or shape != shapes.shape(node.outputs[0])
+            or not values.size
+        ):
+            continue
+        if bool((values == 1).all()):
+            return mask
+        if bool((values == 0).all()):
+            return "Not", [mask]
+    return None
+
+
+def _same_twice(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    found: Any = node.inputs[0]
+    return found if node.inputs[0] is node.inputs[1] else None
+
+
+_RULES: Final[dict[str, Rule]] = {
+    "Not": _not,
+    "Where": _where,
+    "Equal": _equal,
+    "And": _same_twice,
+    "Or": _same_twice,
+}

@@ -1,0 +1,106 @@
+"""Slices of one tensor that lie side by side and cover it are the outputs of one Split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Pass
+
+
+@dataclass(frozen=True)
+class SplitSlices(Pass):
+    """Replace Slices that tile a tensor along one axis by one Split.
+
+    Before:
+        g (float[N,6] x) => (float[N,2] y, float[N,4] z)
+        <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] six = {6}>
+        { y = Slice (x, zero, two, one)
+          z = Slice (x, two, six, one) }
+    After:
+        g (float[N,6] x) => (float[N,2] y, float[N,4] z)
+        <int64[2] sizes = {2, 4}>
+        { y, z = Split <axis = 1> (x, sizes) }
+    """
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep; returns the number of Splits made."""
+        shapes = ctx.analysis(Shapes, model)
+        edit = Editor(model)
+        made = 0
+        groups: dict[tuple[int, int, int], list[tuple[int, int, Node]]] = {}
+        for node in model.nodes():
+            cut = _cut(node, shapes)
+            if cut is not None:
+                axis, start, end = cut
+                key = (id(edit.graph_of(node)), id(node.inputs[0]), axis)
+                groups.setdefault(key, []).append((start, end, node))
+        for (_, _, axis), parts in groups.items():
+            tiles = _tiles(parts, axis, shapes)
+            if tiles is None or model.opset < 2:
+                continue
+            if not ctx.admit():
+                break
+            source, anchor = tiles[0].inputs[0], parts[0][2]
+            results = [n.outputs[0] for n in tiles]
+            sizes = [end - start for start, end, _ in sorted(parts, key=lambda p: p[:2])]
+            for node in tiles:
+                node.outputs.clear()
+            operands: list[gs.Tensor] = [source]
+            attributes: dict[str, object] = {"axis": axis}
+            if model.opset >= 13:
+                operands.append(edit.constant(f"{source.name}_sizes", np.array(sizes, np.int64)))
+            else:
+                attributes["split"] = sizes
+            edit.insert_before(anchor, Node("Split", anchor.name, attributes, operands, results), origin=tiles)
+            for node in tiles:
+                edit.erase(node)
+            made += 1
+        edit.commit()
+        return made
+
+
+def _cut(node: Node, shapes: Shapes) -> tuple[int, int, int] | None:
+    """Axis, start and end of a Slice along one axis whose size is a number, by step 1; bounds brought into 0..size."""
+    shape = shapes.shape(node.inputs[0]) if node.op == "Slice" and node.is_onnx else None
+    if shape is None:
+        return None
+    if "starts" in node.attrs:
+        starts, ends = list(node.attrs["starts"]), list(node.attrs["ends"])
+        axes, steps = list(node.attrs.get("axes") or range(len(starts))), [1]
+    else:
+        known = [shapes.integers(t) if t.name else np.empty(0) for t in node.inputs[1:5]]
+        if any(k is None for k in known):
+            return None
+        lists = [[int(v) for v in k.reshape(-1)] for k in known if k is not None]
+        starts, ends = lists[0], lists[1]
+        axes = (lists[2] if len(lists) > 2 else []) or list(range(len(starts)))
+        steps = (lists[3] if len(lists) > 3 else []) or [1]
+    if len(starts) != 1 or steps != [1]:
+        return None
+    axis = int(axes[0]) % len(shape)
+    size = shape[axis]
+    if not isinstance(size, int):
+        return None
+    start, end, _ = slice(starts[0], ends[0]).indices(size)
+    return (axis, start, end) if start < end else None
+
+
+def _tiles(parts: list[tuple[int, int, Node]], axis: int, shapes: Shapes) -> list[Node] | None:
+    """The Slices in the order of their starts, where they cover the axis and do not overlap."""
+    if len(parts) < 2:
+        return None
+    ordered = sorted(parts, key=lambda p: p[:2])
+    shape = shapes.shape(ordered[0][2].inputs[0])
+    assert shape is not None
+    at = 0
+    for start, end, _ in ordered:
+        if start != at:
+            return None
+        at = end
+    return [n for _, _, n in ordered] if at == shape[axis] else None

@@ -1,0 +1,138 @@
+"""Changes that users ask for: keep, extract, set shapes, rename dimensions; MACs; explanations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from graphopt import interface, ir, models, verify
+from graphopt.analyses.macs import macs
+from graphopt.errors import ShapeError, UsageError
+from graphopt.evaluate import Evaluator
+from graphopt.explain import explain
+from graphopt.ir import Model
+from graphopt.pipeline import Pipeline
+
+CHAIN = """g (float[N,4] x, float[N,4] z) => (float[N,4] y)
+<float[4] w = {1, 2, 3, 4}>
+{ a = Relu (x)
+  b = Mul (a, w)
+  c = Add (b, z)
+  y = Neg (c) }"""
+
+
+def chain() -> Model:
+    return ir.parse(CHAIN)
+
+
+def test_a_kept_tensor_survives_every_pass_under_its_name() -> None:
+    model = ir.parse("g (float[2] x) => (float[2] y) { a = Identity (x) b = Relu (a) c = Identity (b) y = Neg (c) }")
+    interface.keep(model, ["c"])
+    result = Pipeline.parse("O2").run(model).model
+    assert [s.name for s in result.outputs] == ["y", "c"]
+    assert result.outputs[1].dtype == "float32"
+
+
+def test_keeping_an_unknown_tensor_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"no tensor 'bb' \(did you mean 'b'\?\)"):
+        interface.keep(chain(), ["bb"])
+
+
+def test_keeping_an_input_is_refused() -> None:
+    with pytest.raises(UsageError, match="only computed tensors"):
+        interface.keep(chain(), ["x"])
+
+
+def test_a_part_between_tensors_computes_what_it_did() -> None:
+    model = chain()
+    interface.extract(model, ["a", "z"], ["c"])
+    verify.full(model)
+    assert [(s.name, s.shape) for s in model.inputs] == [("a", ("N", 4)), ("z", ("N", 4))]
+    a, z = np.ones((2, 4), np.float32), np.full((2, 4), 5, np.float32)
+    np.testing.assert_array_equal(Evaluator(model).run({"a": a, "z": z})["c"], a * [1, 2, 3, 4] + z)
+
+
+def test_a_part_that_needs_more_than_was_named_is_refused() -> None:
+    with pytest.raises(UsageError, match="also need 'z'"):
+        interface.extract(chain(), ["a"], ["c"])
+
+
+def test_extract_without_inputs_keeps_those_of_the_model() -> None:
+    model = chain()
+    interface.extract(model, [], ["b"])
+    assert [n.op for n in model.nodes()] == ["Relu", "Mul"]
+    verify.full(model)
+
+
+def test_a_shape_set_on_an_input_reaches_the_outputs() -> None:
+    model = chain()
+    interface.set_shape(model, "x", [3, 4])
+    interface.set_shape(model, "z", [3, 4])
+    assert model.outputs[0].shape == (3, 4)
+    verify.full(model)
+
+
+def test_a_fixed_batch_can_be_made_dynamic() -> None:
+    model = ir.parse("g (float[1,4] x) => (float[1,4] y) <float[1,4] a> { a = Relu (x) y = Neg (a) }")
+    interface.set_shape(model, "x", ["N", 4])
+    assert model.outputs[0].shape == ("N", 4)
+
+
+def test_another_rank_is_refused() -> None:
+    with pytest.raises(ShapeError, match="has 2 dimensions, not 3"):
+        interface.set_shape(chain(), "x", [1, 2, 3])
+
+
+def test_a_dimension_is_renamed_everywhere_or_fixed() -> None:
+    model = chain()
+    interface.rename_dim(model, "N", "batch")
+    assert [s.shape for s in [*model.inputs, *model.outputs]] == [("batch", 4)] * 3
+    interface.rename_dim(model, "batch", 7)
+    assert [s.shape for s in [*model.inputs, *model.outputs]] == [(7, 4)] * 3
+
+
+def test_an_unknown_dimension_is_refused() -> None:
+    with pytest.raises(UsageError, match="no input or output has a dimension 'M'"):
+        interface.rename_dim(chain(), "M", "K")
+
+
+def test_macs_follow_the_formulas() -> None:
+    text = """g (float[N,4,8,8] x) => (float y)
+    <float[6,2,3,3] w, int64[2] t = {0, -1}, float[216,5] k>
+    { c = Conv <group = 2> (x, w) r = Reshape (c, t) y = MatMul (r, k) }"""
+    model = ir.parse(
+        text.replace("float[6,2,3,3] w, ", "")
+        .replace(", float[216,5] k", "")
+        .replace("(x, w)", "(x, w)")
+        .replace("g (float[N,4,8,8] x)", "g (float[N,4,8,8] x, float[6,2,3,3] w, float[216,5] k)")
+    )
+    total, counts = macs(model)
+    assert str(total) == f"{6 * 36 * 18 + 216 * 5}*N"
+    assert len(counts) == 2
+
+
+def test_macs_of_the_digits_resnet_are_those_of_its_layers() -> None:
+    total, _ = macs(ir.load(models.path("resnet.legacy")))
+    assert str(total).endswith("*batch")
+
+
+def test_explain_tells_why_a_fusion_did_not_fire() -> None:
+    model = ir.parse("""g (float[1,1,4,4] x) => (float[1,1,4,4] y, float[1,1,4,4] z)
+    <float[1,1,1,1] w = {2}, float[1] s = {3}, float[1] b = {0}, float[1] m = {0}, float[1] v = {1}>
+    { [conv] c = Conv (x, w) [bn] y = BatchNormalization (c, s, b, m, v) z = Neg (c) }""")
+    found = explain(model, "bn", Pipeline.parse("fuse-conv-bn"))
+    assert found.fate == "nothing changed it"
+    assert any(f.pass_name == "fuse-conv-bn" and "is also read by" in f.text for f in found.findings)
+
+
+def test_explain_tells_what_became_of_a_node() -> None:
+    model = ir.parse("""g (float[1,1,4,4] x) => (float[1,1,4,4] y)
+    <float[1,1,1,1] w = {2}, float[1] s = {3}, float[1] b = {0}, float[1] m = {0}, float[1] v = {1}>
+    { [conv] c = Conv (x, w) [bn] y = BatchNormalization (c, s, b, m, v) }""")
+    assert "fuse-conv-bn" in explain(model, "bn", Pipeline.parse("fuse-conv-bn")).fate
+
+
+def test_explain_of_an_unknown_node_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean"):
+        model = ir.load(models.path("resnet.legacy"))
+        explain(model, f"{model.graph.nodes[0].name}x", Pipeline.parse("O2"))

@@ -535,7 +535,7 @@ def _to_stdout(data: bytes) -> None:
 
 
 @app.command()
-def passes(name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A pass, or a preset.")] = None) -> None:
+def passes(name: Annotated[str | None, typer.Argument(metavar="NAME", help="A pass, or a preset.")] = None) -> None:
     """List the passes, or explain one."""
     import dataclasses
     import inspect
@@ -743,7 +743,7 @@ def _first_run(session: BundleSession, feeds: Mapping[str, Any], generated: bool
 
 @app.command(short_help="Time bundles and models side by side.")
 def bench(
-    contestants: Annotated[list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX...", help="The first is the baseline.")],
+    contestants: Annotated[list[Path], typer.Argument(metavar="BUNDLE_OR_ONNX", help="The first is the baseline.")],
     data: DataFile = None,
     shape: Shapes = None,
     target: TargetName = None,

@@ -15,7 +15,6 @@ import onnx_graphsurgeon as gs
 from graphopt.ir import Model
 from graphopt.target import Target
 
-
 Analysis = TypeVar("Analysis")
 
 

@@ -18,6 +18,7 @@ from graphopt.reading import Scope, domain_of, nodes_of
 from graphopt.writing import homeless
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
+_NEWEST = (1 << 31) - 1  # of any opset: more, which a damaged file may state, onnx does not take
 
 
 def structure(model: Model) -> list[str]:
@@ -156,7 +157,8 @@ def _operators(
             raise InvalidModel(
                 f"{where}: domain {domain or 'ai.onnx'!r} is not among the model's opset imports; add it"
             )
-        if domain not in allowed and not onnx.defs.has(op, opsets[domain], domain):
+        version = max(0, min(opsets[domain], _NEWEST))
+        if domain not in allowed and not onnx.defs.has(op, version, domain):
             raise InvalidModel(
                 f"{where}: no such operator in opset {opsets[domain]}; {_operator_hint(op, domain, opsets[domain])}"
             )

@@ -170,5 +170,5 @@ def _per_channel(values: Array, channels: int, rank: int) -> Array | None:
 def _keeps_shape(source: gs.Tensor, constant: gs.Tensor, channels: int, rank: int, shapes: Shapes) -> bool:
     shape = shapes.shape(source)
     if shape is None:
-        return constant.values.ndim == 0
-    return len(shape) == rank and (constant.values.size == 1 or shape[1] == channels)
+        return bool(constant.values.ndim == 0)
+    return bool(len(shape) == rank and (constant.values.size == 1 or shape[1] == channels))

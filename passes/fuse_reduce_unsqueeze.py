@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt.analyses.shapes import Shape, Shapes
+from graphopt.analyses.shape_rules import Shape
+from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass

@@ -139,7 +139,7 @@ def _rejoin(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, o
         if opset < 10:
             new.attrs.update(zip(("starts", "ends", "axes"), columns, strict=True))
         else:
-            new.inputs.extend(edit.constant(f"{node.name}_bounds", np.array(c, np.int64)) for c in columns)
+            new.inputs.extend([edit.constant(f"{node.name}_bounds", np.array(c, np.int64)) for c in columns])
         edit.insert_before(node, new, origin=(*parts, node))
     edit.erase(node)
     for part in parts:

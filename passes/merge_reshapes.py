@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.shapes import Shape, Shapes
+from graphopt.analyses.shape_rules import Shape
+from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Expr, is_positive, product
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node

@@ -137,5 +137,5 @@ def _write(node: Node, cuts: dict[int, Cut], model: Model, edit: Editor) -> None
         return
     names = ("starts", "ends", "axes", "steps")
     node.inputs.extend(
-        edit.constant(f"{node.name}_{n}", np.array(c, np.int64)) for n, c in zip(names, columns, strict=True)
+        [edit.constant(f"{node.name}_{n}", np.array(c, np.int64)) for n, c in zip(names, columns, strict=True)]
     )

@@ -2,11 +2,14 @@
 
 Exporters glue shapes together from Shape, Gather, Unsqueeze, arithmetic and Concat. Where the shape analysis says that the result equals
 consecutive dimensions of a tensor that is there already, one Shape node gives it. Graph inputs are asked first: they live anyway.
+Before opset 15 Shape has no range: a part of a shape is then sliced off a Shape that the graph computes already.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Expr
@@ -45,48 +48,76 @@ class RebuildShapes(Pass):
         return rebuilt
 
     def _graph(self, graph: Graph, opset: int, shapes: Shapes, edit: Editor, ctx: Context) -> int:
-        ranges: dict[
-            tuple[object, ...], tuple[Variable, int, int, int]
-        ] = {}  # dimensions -> tensor, start, end, its rank
-
-        def offer(tensor: Variable) -> None:
-            shape = shapes.shape(tensor)
-            if not tensor.name or shape is None or not 0 < len(shape) <= self.max_rank:
-                return
-            whole = [(0, len(shape))]
-            parts = [(i, j) for i in range(len(shape)) for j in range(i + 1, len(shape) + 1)] if opset >= 15 else []
-            for start, end in whole + parts:
-                if any(isinstance(d, Expr) for d in shape[start:end]):
-                    ranges.setdefault(shape[start:end], (tensor, start, end, len(shape)))
-
+        found = _Known(opset, shapes)
         for tensor in graph.inputs:
-            offer(tensor)
+            found.offer(tensor, self.max_rank)
         rebuilt = 0
         for node in list(graph.nodes):
-            if node.is_onnx and node.op != "Shape" and len(node.outputs) == 1:
-                rebuilt += self._node(node, ranges, shapes, edit, ctx)
+            if node.op == "Shape" and node.is_onnx:
+                found.offer_shape(node)
+            elif node.is_onnx and len(node.outputs) == 1 and not (node.op == "Slice" and opset < 15):
+                rebuilt += self._node(node, found, shapes, edit, ctx)
             for tensor in node.outputs:
-                offer(tensor)
+                found.offer(tensor, self.max_rank)
         return rebuilt
 
-    def _node(
-        self,
-        node: Node,
-        ranges: dict[tuple[object, ...], tuple[Variable, int, int, int]],
-        shapes: Shapes,
-        edit: Editor,
-        ctx: Context,
-    ) -> int:
+    def _node(self, node: Node, found: _Known, shapes: Shapes, edit: Editor, ctx: Context) -> int:
         result = node.outputs[0]
         info = shapes.info(result)
-        if info.value is None or info.value.ndim != 1 or info.dtype is None or info.dtype.name != "int64":
+        if (
+            info.value is None
+            or info.value.ndim != 1
+            or info.dtype != np.int64
+            or not result.outputs
+            or edit.is_output(result)
+        ):
             return 0
-        found = ranges.get(tuple(info.value))
-        if found is None or edit.is_output(result) or not result.outputs or not ctx.admit():
+        key = tuple(info.value)
+        if (key not in found.tensors and key not in found.shapes) or not ctx.admit():
             return 0
-        tensor, start, end, rank = found
-        attributes = {} if (start, end) == (0, rank) else {"start": start, "end": end}
         value = edit.variable(result.name, result)
-        edit.insert_before(node, Node("Shape", f"{node.name}_shape", attributes, [tensor], [value]))
+        if key in found.tensors:
+            tensor, start, end, rank = found.tensors[key]
+            attributes = {} if (start, end) == (0, rank) else {"start": start, "end": end}
+            made = Node("Shape", f"{node.name}_shape", attributes, [tensor], [value])
+        else:
+            source, start, end = found.shapes[key]
+            bounds = [
+                edit.constant(f"{result.name}_{what}", np.array([at])) for what, at in (("start", start), ("end", end))
+            ]
+            made = Node("Slice", f"{node.name}_slice", {}, [source, *bounds], [value])
+        edit.insert_before(node, made)
         edit.replace_uses(result, value)
         return 1
+
+
+class _Known:
+    """Where dimensions can be read off, by the dimensions; what came first is asked first."""
+
+    def __init__(self, opset: int, shapes: Shapes) -> None:
+        self.opset = opset
+        self.analysis = shapes
+        self.tensors: dict[tuple[object, ...], tuple[Variable, int, int, int]] = {}  # tensor, start, end, its rank
+        self.shapes: dict[tuple[object, ...], tuple[Variable, int, int]] = {}  # result of a Shape, start, end
+
+    def offer(self, tensor: Variable, max_rank: int) -> None:
+        """Remember the shape of `tensor`, and parts of it where Shape can give them."""
+        shape = self.analysis.shape(tensor)
+        if not tensor.name or shape is None or not 0 < len(shape) <= max_rank:
+            return
+        whole = [(0, len(shape))]
+        for start, end in whole + (_ranges(len(shape)) if self.opset >= 15 else []):
+            if any(isinstance(d, Expr) for d in shape[start:end]):
+                self.tensors.setdefault(shape[start:end], (tensor, start, end, len(shape)))
+
+    def offer_shape(self, node: Node) -> None:
+        """Remember the result of a Shape, for opsets whose Slice can cut a part from it and whose Shape cannot."""
+        shape = self.analysis.shape(node.inputs[0])
+        if shape is not None and 10 <= self.opset < 15:
+            for start, end in _ranges(len(shape)):
+                if any(isinstance(d, Expr) for d in shape[start:end]):
+                    self.shapes.setdefault(shape[start:end], (node.outputs[0], start, end))
+
+
+def _ranges(rank: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(rank) for j in range(i + 1, rank + 1)]

@@ -71,9 +71,7 @@ class SimplifyArithmetic(Pass):
         return total
 
 
-Found = (
-    gs.Tensor | tuple[str, list[gs.Tensor | Array]] | str | None
-)  # a tensor, a new node, a reason, or nothing to say
+Found = Any  # a tensor, an operator with operands, a reason why not, or None: nothing to say
 
 
 def _put(node: Node, found: Any, edit: Editor) -> None:

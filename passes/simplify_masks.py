@@ -81,7 +81,7 @@ class SimplifyMasks(Pass):
         return total
 
 
-Found = gs.Tensor | tuple[str, list[gs.Tensor]] | None
+Found = Any  # a tensor, or an operator with operands, or None
 Rule = Callable[[Node, Shapes, Editor, int], Found]
 
 

@@ -233,9 +233,6 @@ def test_a_reproducer_that_cannot_be_written_does_not_hide_the_error(tmp_path: P
 def test_comparison_of_a_whole_preset_on_given_feeds() -> None:
     compare = Compare([{"x": np.array([1, 2], np.float32)}])
     Pipeline.parse("O2").run(ir.parse(TEXT), instruments=[Verify(), FullCheck(), compare])
-    assert [(name, report.samples, report.equal) for name, report in compare.reports][0] == (
-        "eliminate-identity",
-        1,
-        True,
-    )
+    name, report = compare.reports[0]
+    assert (name, report.samples, report.equal) == ("eliminate-identity", 1, True)
     assert equivalence.tolerance(Exactness.EXACT, 0, []) == 0

@@ -424,7 +424,7 @@ def test_sub_byte_values_of_a_text_are_packed():
 
 def test_a_text_file_that_could_not_be_read_back_is_not_written(tmp_path):
     model = ir.parse("g (float[1] x) => (float[1] y) <int4[3] q = {1, 2, 3}> { y = Relu (x) }")
-    with pytest.raises(UnsupportedModel, match="onnx's text form cannot hold this model: save it as .onnx"):
+    with pytest.raises(UnsupportedModel, match=r"onnx's text form cannot hold this model: save it as .onnx"):
         ir.save(model, tmp_path / "m.onnxtxt")
     assert list(tmp_path.iterdir()) == []
 

@@ -323,3 +323,14 @@ def test_the_interface_is_names_order_dtypes_and_shapes():
     reshaped = before.clone()
     reshaped.graph.outputs[0].shape = (3,)
     assert verify.interface(before, reshaped) == ["output 'y' changed from float32[2] y to float32[3] y"]
+
+
+@pytest.mark.parametrize("version", [1 << 40, -(1 << 40), 0])
+def test_an_opset_import_beyond_reason_raises_no_other_error(version):
+    model = model_text("y = ai.onnx.ml.Scaler (x)", '"" : 21, "ai.onnx.ml" : 1')
+    model.set_opset("ai.onnx.ml", version)
+    if version > 0:
+        verify.operators(model)
+    else:
+        with pytest.raises(InvalidModel, match="no such operator in opset"):
+            verify.operators(model)

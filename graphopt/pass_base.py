@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.data import Data
 from graphopt.ir import Model
 from graphopt.target import Target
 
@@ -51,6 +52,7 @@ class Context:
 
     target: Target | None = None  # None: portable, no target in mind
     seed: int = 0
+    data: Data | None = None  # calibration samples
     evaluate: Evaluate = _no_evaluator  # one node on arrays; raises where it cannot
     limit: int | None = None  # single rewrites still admitted (bisection); None: all
     remarks: list[Remark] = field(default_factory=list)

@@ -304,7 +304,10 @@ def _function(proto: onnx.FunctionProto) -> Function:
     what = f"function {proto.name!r}"
     _text(proto.name, what)
     _text(proto.domain, what)
-    _refuse_external((a for node in nodes_of(proto.node) for a in node.attribute), what)
+    for node in nodes_of(proto.node):
+        for name in (node.op_type, node.domain):
+            _text(name, f"{what}, a node")
+        _refuse_external(node.attribute, what)
     function = Function(proto.name, proto.domain, nodes=[], inputs=[], outputs=[], opset=None, attrs={})
     function.carried = proto
     return function

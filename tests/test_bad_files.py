@@ -268,6 +268,13 @@ def test_a_name_that_is_no_utf8_is_refused(field):
         ir.loads(proto.SerializeToString().replace(b"MARK", b"M\xffRK"))
 
 
+def test_an_operator_in_a_function_that_is_no_utf8_is_refused():
+    text = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]> g (float[1] x) => (float[1] y) { y = local.f (x) }
+        <domain: "local", opset_import: ["" : 21]> f (a) => (b) { b = MARK (a) }"""
+    with pytest.raises(InvalidModel, match=r"function 'f', a node: the name b'M\\xffRK' is not UTF-8"):
+        ir.loads(ir.saves(ir.parse(text)).replace(b"MARK", b"M\xffRK"))
+
+
 # ------------------------------------------------------------------------------------------------------- weights
 
 
@@ -470,7 +477,7 @@ def test_a_damaged_file_gives_a_model_or_a_user_error_and_nothing_else(part):
     rich = ir.saves(ir.parse(RICH))
     sources = [rich, rich, REAL.read_bytes()]
     loaded = 0
-    for seed in range(part * 300, part * 300 + 300):
+    for seed in range(part * 150, part * 150 + 150):
         rng = random.Random(seed)
         data = damaged(sources[seed % 3], rng)
         try:
@@ -482,7 +489,7 @@ def test_a_damaged_file_gives_a_model_or_a_user_error_and_nothing_else(part):
             readable(str(error))
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-    assert loaded > 30
+    assert loaded > 15
 
 
 def test_a_damaged_text_gives_a_model_or_a_user_error_and_nothing_else():

@@ -24,7 +24,7 @@ from graphopt.ir import Constant, Model, Node
 Array = np.ndarray[Any, Any]
 
 MAX_COLUMNS: Final = 6144  # of a group; a wider Gram matrix takes too long to invert
-RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,17 @@ class Layer:
         """The weight as [groups, outputs, columns]."""
         w = np.asarray(self.weight.values if values is None else values, np.float32)
         if self.op == "Conv":
-            return w.reshape(self.groups, w.shape[0] // self.groups, -1)
+            taps = w.reshape(*w.shape[:2], -1).transpose(0, 2, 1)
+            return np.ascontiguousarray(taps).reshape(self.groups, w.shape[0] // self.groups, -1)
         w = w if not self.transposed else w.T
         return (w * np.float32(self.scale))[None]
 
     def unmatrix(self, matrix: Array) -> Array:
         """The weight tensor of a matrix."""
         if self.op == "Conv":
-            shape = self.weight.shape
-            return matrix.reshape(matrix.shape[0] * matrix.shape[1], -1, *shape[2:])
+            kernel = self.weight.shape[2:]
+            taps = matrix.reshape(matrix.shape[0] * matrix.shape[1], math.prod(kernel), -1)
+            return np.ascontiguousarray(taps.transpose(0, 2, 1)).reshape(len(taps), -1, *kernel)
         w = matrix[0] / self.scale
         return np.ascontiguousarray(w.T if self.transposed else w)
 
@@ -99,21 +101,21 @@ class Layer:
         return result.size // max(1, channels)
 
     def columns(self, x: Array, result: Array, take: Array) -> Array:
-        """What the weight multiplies, at some positions of the result: [groups, positions, columns]."""
+        """What the weight multiplies, at some positions of the result: [groups, positions, columns]; a Conv's taps before channels."""
         if self.op != "Conv":
             return x.reshape(-1, x.shape[-1])[take][None]
-        space = result.shape[2:]
         kernel = self.weight.shape[2:]
         strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
-        padded = np.pad(x, [(0, 0), (0, 0), *pads])
-        reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-        axes = tuple(range(2, x.ndim))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axes)
-        windows = windows[(slice(None),) * 2 + tuple(slice(None, None, s) for s in strides)]
-        windows = windows[(slice(None),) * x.ndim + tuple(slice(None, None, d) for d in dilations)]
-        place = np.unravel_index(take, (x.shape[0], *space))
-        picked = windows[(place[0], slice(None), *place[1:])]
-        return picked.reshape(len(take), self.groups, -1).transpose(1, 0, 2)
+        last = np.ascontiguousarray(np.moveaxis(np.pad(x, [(0, 0), (0, 0), *pads]), 1, -1))
+        sample, *place = np.unravel_index(take, (x.shape[0], *result.shape[2:]))
+        rows = np.empty((len(take), math.prod(kernel), x.shape[1]), x.dtype)
+        for tap, offset in enumerate(np.ndindex(*kernel)):
+            at = [p * s + o * d for p, s, o, d in zip(place, strides, offset, dilations, strict=True)]
+            rows[:, tap] = last[(sample, *at)]
+        if self.groups == 1:
+            return rows.reshape(1, len(take), -1)
+        parts = rows.reshape(len(take), rows.shape[1], self.groups, -1).transpose(2, 0, 1, 3)
+        return parts.reshape(self.groups, len(take), -1)
 
     def outputs(self, result: Array, take: Array) -> Array:
         """The results at the same positions: [groups, positions, outputs]."""

@@ -133,7 +133,7 @@ def _owners(groups: ChannelGroups, contraction: Contraction, layer: Layer) -> Ar
     roots = groups.roots[contraction.atoms]
     if layer.op == "Conv":
         taps = int(np.prod(layer.weight.shape[2:], dtype=np.int64))
-        return np.repeat(roots, taps).reshape(layer.groups, -1)
+        return np.stack([np.tile(part, taps) for part in np.split(roots, layer.groups)])
     return roots[None]
 
 

@@ -30,7 +30,8 @@ Feeds = Sequence[Mapping[str, Array]]
 Values = list[Any]  # one array a feed
 Places = Mapping[str, Sequence[Array | None]]  # tensor -> for each axis, the indices of the original that are left
 
-ROWS: Final = 1 << 16  # positions of a layer that go into its moments
+ROWS: Final = 1 << 13  # positions of a layer that go into its moments at least
+ROWS_PER_COLUMN: Final = 40
 HELD_OUT: Final = 5  # every fifth sample is not fitted to
 
 
@@ -96,12 +97,13 @@ def pool() -> ThreadPoolExecutor:
 
 
 def picks(layer: Layer, results: Values, seed: int) -> list[Array]:
-    """For each feed the positions of the layer's result that are looked at: all, or a random share of `ROWS`."""
+    """For each feed the positions of the layer's result that are looked at: all, or a random share."""
     sizes = [layer.positions(r) for r in results]
     total = sum(sizes)
     rng = np.random.default_rng(seed)
+    most = max(ROWS, ROWS_PER_COLUMN * layer.matrix().shape[-1])
     return [
-        np.arange(n) if total <= ROWS else np.sort(rng.choice(n, max(1, n * ROWS // total), replace=False)) for n in sizes
+        np.arange(n) if total <= most else np.sort(rng.choice(n, max(1, n * most // total), replace=False)) for n in sizes
     ]
 
 
@@ -142,17 +144,16 @@ def repair(
     for name, values in first.values.items():
         second.values[name] = values  # the very same arrays: untouched so far
     wanted = _joins(original, found)
-    ahead: dict[str, list[Values]] = {}
     fits: list[Fit] = []
     by_name = {node.name: node for node in original.graph.nodes}
     with pool() as threads:
         for number, (a, b) in enumerate(zip(original.graph.nodes, pruned.graph.nodes, strict=True)):
-            results = ahead.pop(a.name) if a.name in ahead else first.run(a, threads)
+            results = first.run(a, threads)
             touched = not _same(first, second, a, b)
             layer = found.get(b.name)
             if touched and layer is not None and _fittable(layer):
                 join = _join_of(wanted.get(b.name), second, by_name)
-                target = _target(first, second, layer, a, results, join, places, by_name, threads, ahead)
+                target = _target(first, second, layer, a, results, join, places, by_name)
                 if target is not None:
                     fit = _fit(layer, edit, second.get(b.inputs[0]), target, seed + number)
                     fits.append(fit)
@@ -212,8 +213,6 @@ def _target(
     join: Node | None,
     places: Places,
     by_name: Mapping[str, Node],
-    threads: ThreadPoolExecutor,
-    ahead: dict[str, list[Values]],
 ) -> Values | None:
     """What the layer's result, bias included, should be."""
     values = results[0]

@@ -1,0 +1,288 @@
+"""``x' = scale * (clip(round(x / scale) + zero_point) - zero_point)`` around convolutions and matrix products.
+
+Where the pairs stand and how codes look follows from the target (`graphopt.analyses.placement`): ONNX Runtime gets uint8 activations
+with a zero point and int8 values from one convolution to the next, TensorRT gets symmetric int8 on the inputs of weighted operators alone. Weights
+are symmetric int8 with one scale for each output channel; a bias becomes int32 for ONNX Runtime and stays float for TensorRT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses import calibration, weights
+from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, sizes
+from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
+from graphopt.analyses.shapes import Shapes
+from graphopt.analyses.twins import Twin, best_ranges, bias_shifts
+from graphopt.edit import Editor
+from graphopt.errors import UnsupportedModel, UsageError
+from graphopt.ir import Model, Node, Variable, from_proto, onnx_dtype
+from graphopt.pass_base import Context, Exactness, Pass
+
+_OPSET: Final = 13  # from which DequantizeLinear has an axis
+_TRIED: Final = ("minmax", "percentile", "mse", "entropy")  # by calibration=auto
+_JUDGED_ON: Final = 64  # samples that auto and bias correction look at
+
+
+@dataclass(frozen=True)
+class QuantizeQdq(Pass):
+    """Compute convolutions and matrix products with constant weights in int8, with Q/DQ pairs where the target wants them.
+
+    Ranges come from calibration data (``--data``); without it only tensors whose range is known, as behind Softmax, get codes.
+
+    Before:
+        g (float[1,2] x) => (float[1,2] y)
+        <float[2,2] w = {1.0, 0.5, 0.0, -0.5}>
+        { s = Softmax (x)
+          y = MatMul (s, w) }
+    After:
+        g (float[1,2] x) => (float[1,2] y)
+        <float s_scale = {0.003921569}, uint8 s_zero = {0}, int8[2,2] w_codes = {127, 127, 0, -127},
+         float[2] w_scale = {0.007874016, 0.003937008}, int8[2] w_zero = {0, 0}>
+        { s = Softmax (x)
+          q = QuantizeLinear (s, s_scale, s_zero)
+          d = DequantizeLinear (q, s_scale, s_zero)
+          w = DequantizeLinear <axis = 1> (w_codes, w_scale, w_zero)
+          y = MatMul (d, w) }
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+
+    calibration: Literal["auto", "minmax", "average", "percentile", "mse", "entropy"] = "auto"
+    share: float = 0.9999  # of the values inside the range, for percentile
+    exclude: tuple[str, ...] = ()  # names (with * and ?) or operators of nodes to leave in float
+    only: tuple[str, ...] = ()  # of nodes to quantize; none: all that can be
+    pair_safe: bool | None = None  # weights that cannot saturate on x86 without VNNI; none: as the target needs
+    correct_bias: bool = True  # take the mean error of each channel off the bias
+    min_channels: int | None = None  # weighted operators with fewer channels in or out stay float; none: 16 for TensorRT
+    samples: int | None = None  # calibration samples to use; none: all
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Plan, calibrate, insert; returns the number of weighted operators that became int8."""
+        if ctx.target is not None:
+            unable = [c for c in ctx.target.compute_capabilities if int(c[2:]) < 80 and ctx.target.runtime == "tensorrt-rtx"]
+            if unable:
+                raise UnsupportedModel(
+                    f"quantize-qdq: {ctx.target} cannot run int8 ({', '.join(unable)}); build float16 for it, or name sm80 and newer"
+                )
+        _raise_opset(model, ctx)
+        return _Run(self, model, ctx).run()
+
+
+def _raise_opset(model: Model, ctx: Context) -> None:
+    if model.opset >= _OPSET or not any(True for _ in operators(model)):
+        return
+    try:
+        newer = from_proto(onnx.version_converter.convert_version(model.to_proto(), _OPSET), model.source)
+    except (RuntimeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"quantize-qdq needs opset {_OPSET}, the model has {model.opset} and onnx cannot convert it "
+            f"({' '.join(str(error).split())[:200]}); export it again"
+        ) from None
+    ctx.remark(None, f"opset raised from {model.opset} to {_OPSET}, the first whose DequantizeLinear has an axis")
+    model.graph, model.carried = newer.graph, newer.carried
+
+
+def matches(node: Node, patterns: tuple[str, ...]) -> bool:
+    """Whether a name with ``*`` and ``?``, or an operator, among `patterns` means `node`."""
+    return any(node.op == p or fnmatchcase(node.name, p) for p in patterns)
+
+
+class _Run:
+    def __init__(self, options: QuantizeQdq, model: Model, ctx: Context) -> None:
+        self.options, self.model, self.ctx = options, model, ctx
+        self.chains = ctx.target is None or not ctx.target.traits.symmetric_int8
+        self.scheme: Scheme = UNSIGNED if self.chains else SIGNED
+        self.safe = options.pair_safe if options.pair_safe is not None else self.chains
+        self.edit = Editor(model)
+        self.statistics: dict[str, calibration.Statistics] = {}
+        self.made: dict[tuple[int, int | None], gs.Tensor] = {}  # weight and axis -> its DequantizeLinear's output
+
+    def run(self) -> int:
+        for pattern in (*self.options.exclude, *self.options.only):
+            if not any(matches(n, (pattern,)) for n in self.model.nodes()):
+                raise UsageError(f"quantize-qdq: {pattern!r} matches no node; graphopt inspect lists their names")
+        chosen = self._choose()
+        if not chosen:
+            return 0
+        plan = Placer(self.model, self.edit, chosen, self.chains).plan()
+        missing = self._calibrate(plan)
+        while missing:  # without data: keep what has known ranges
+            chosen = [n for n in chosen if not self._touches(n, missing)]
+            if not chosen:
+                return 0
+            plan = Placer(self.model, self.edit, chosen, self.chains).plan()
+            missing = self._unknown(plan)
+        admitted = []
+        for node in chosen:
+            if not self.ctx.admit():
+                break
+            admitted.append(node)
+        if not admitted:
+            return 0
+        if len(admitted) < len(chosen):
+            plan = Placer(self.model, self.edit, admitted, self.chains).plan()
+        found = self._affines(plan)
+        shifts = self._shifts(plan, found)
+        for node in plan.nodes:
+            self._weight(node, found, shifts.get(node.name))
+        for codes in plan.codes:
+            self._pair(codes, found[id(codes)])
+        self.edit.commit()
+        return len(plan.nodes)
+
+    # -------------------------------------------------------------------------------------------------- what to do
+
+    def _choose(self) -> list[Node]:
+        shapes = self.ctx.analysis(Shapes, self.model)
+        least = self.options.min_channels
+        least = least if least is not None else 1 if self.chains else 16
+        chosen = []
+        for node in operators(self.model):
+            reason = None
+            if matches(node, self.options.exclude):
+                reason = "excluded"
+            elif self.options.only and not matches(node, self.options.only):
+                reason = "not among those asked for"
+            else:
+                reason = refusal(node, self.edit, shapes, self.model.opset)
+            if reason is None and min(sizes(node)) < least and not self._wide_enough(node, least):
+                reason = f"{min(sizes(node))} channels: too few for int8 to pay on this target (min-channels={least})"
+            if reason is None:
+                chosen.append(node)
+            else:
+                self.ctx.remark(node, f"stays float: {reason}")
+        for node in self.model.nodes():
+            if node.op in ("LSTM", "GRU", "RNN", "ConvTranspose"):
+                self.ctx.remark(node, "stays float: neither runtime has an int8 kernel for it")
+        return chosen
+
+    def _wide_enough(self, node: Node, least: int) -> bool:
+        """TensorRT pads one narrow side of a plain convolution at little cost; grouped ones need multiples of 8."""
+        if node.op != "Conv":
+            return False
+        inputs, outputs = sizes(node)
+        if int(node.attrs.get("group", 1)) > 1:
+            return outputs % 8 == 0
+        return max(inputs, outputs) >= least and (inputs % 8 == 0 or outputs % 8 == 0)
+
+    def _calibrate(self, plan: Plan) -> list[Codes]:
+        data = self.ctx.data
+        if data is None:
+            missing = self._unknown(plan)
+            if missing:
+                self.ctx.remark(None, "no calibration data: only tensors with a known range get codes; give --data")
+            return missing
+        names = [c.tensor.name for c in plan.codes if c.tensor.name not in self.statistics]
+        limit = self.options.samples
+        if limit is not None and data.count is not None and data.count < limit:
+            raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")
+        self.statistics.update(calibration.calibrate(self.model, names, data, limit=limit))
+        return []
+
+    def _unknown(self, plan: Plan) -> list[Codes]:
+        return [c for c in plan.codes if c.low is None or c.high is None]
+
+    def _touches(self, node: Node, missing: list[Codes]) -> bool:
+        placer = Placer(self.model, self.edit, [node], self.chains)
+        near = {id(node.inputs[0])}
+        if self.chains and node.op == "Conv":
+            near.add(id(placer.result(node)))
+        return any(id(c.tensor) in near for c in missing)
+
+    # ------------------------------------------------------------------------------------------------------- ranges
+
+    def _range(self, codes: Codes, method: str) -> tuple[float, float]:
+        seen = self.statistics.get(codes.tensor.name)
+        if seen is None or not seen.seen:
+            return codes.low or 0.0, codes.high or 0.0
+        low, high = find_range(seen, method, self.scheme, self.options.share)
+        if codes.low is not None:
+            low = max(low, codes.low)
+        if codes.high is not None:
+            high = min(high, codes.high)
+        return low, high
+
+    def _affines(self, plan: Plan) -> dict[int, Affine]:
+        """Scale and zero point of each tensor; those of a group are its leader's, whose range holds all of theirs."""
+        method = self.options.calibration
+        data = self.ctx.data
+        members: dict[int, list[Codes]] = {}
+        for codes in plan.codes:
+            members.setdefault(id(codes.root), []).append(codes)
+        tried = _TRIED if method == "auto" and data is not None else ("minmax" if method == "auto" else method,)
+        choices = {
+            one: {
+                key: self._joint([self._range(c, one) for c in group]) for key, group in members.items()
+            }
+            for one in tried
+        }
+        best = dict.fromkeys(members, tried[0])
+        if len(tried) > 1 and data is not None:
+            samples = data.head(_JUDGED_ON, calibration.MOST_AT_ONCE)
+            groups = {key: [(c.tensor.name, [n.name for n in c.readers]) for c in group] for key, group in members.items()}
+            best = best_ranges(self.model, groups, choices, samples)
+        return {id(c): choices[best[id(c.root)]][id(c.root)] for c in plan.codes}
+
+    def _joint(self, ranges: list[tuple[float, float]]) -> Affine:
+        return affine(min(r[0] for r in ranges), max(r[1] for r in ranges), self.scheme)
+
+    # ------------------------------------------------------------------------------------------------------ changes
+
+    def _quantized(self, node: Node, scale: float) -> weights.Quantized:
+        """The weight of `node`; its scales large enough for the bias to fit int32."""
+        weight = np.asarray(node.inputs[1].values)
+        least = None
+        if self.chains and len(node.inputs) > 2 and node.inputs[2].name:
+            bias = np.abs(np.asarray(node.inputs[2].values, np.float64)).reshape(-1)
+            if bias.size and weights.channel_axis(node, weight.ndim) is not None:
+                least = np.broadcast_to(bias / (scale * 2.0**30), (self._channels(node),))
+        return weights.quantize(node, weight, pair_safe=self.safe, least=least)
+
+    def _channels(self, node: Node) -> int:
+        return sizes(node)[1]
+
+    def _shifts(self, plan: Plan, found: dict[int, Affine]) -> dict[str, np.ndarray[Any, Any]]:
+        """Mean error of each output channel of each node, to be taken off its bias."""
+        data = self.ctx.data
+        nodes = [n for n in plan.nodes if n.op in ("Conv", "Gemm")]
+        if not self.options.correct_bias or data is None or not nodes:
+            return {}
+        by_tensor = {id(c.tensor): found[id(c)] for c in plan.codes}
+        twins = {}
+        for node in nodes:
+            codes = by_tensor[id(node.inputs[0])]
+            twins[node.name] = Twin(codes, self._quantized(node, codes.scale).values())
+        return bias_shifts(self.model, twins, data.head(_JUDGED_ON, calibration.MOST_AT_ONCE))
+
+    def _weight(self, node: Node, found: dict[int, Affine], shift: np.ndarray[Any, Any] | None) -> None:
+        codes = {id(c.tensor): c for c in self._all_codes}[id(node.inputs[0])]
+        scale = found[id(codes)].scale
+        weight = node.inputs[1]
+        quantized = self._quantized(node, scale)
+        key = (id(weight), quantized.axis)
+        if key not in self.made or quantized.scale.tobytes() != self.scales[key].tobytes():
+            self.made[key] = self._dequantized(node, weight.name, quantized.codes, quantized.scale, quantized.axis)
+            self.scales[key] = quantized.scale
+        node.inputs[1] = self.made[key]
+        self._bias(node, scale, quantized, shift)
+
+    def _dequantized(
+        self, node: Node, name: str, codes: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], axis: int | None
+    ) -> gs.Tensor:
+        zero = np.zeros(scale.shape, codes.dtype)
+        operands = [
+            self.edit.constant(f"{name}_codes", codes),
+            self.edit.constant(f"{name}_scale", scale.astype(np.float32)),
+            self.edit.constant(f"{name}_zero", zero),
+        ]
+        result = Variable(self.edit.fresh_name(name), np.dtype(np.float32), tuple(codes.shape))
+        attributes = {} if axis is None else {"axis": axis}
+        self.edit.insert_before(node, Node("DequantizeLinear", f"{name}_dequantize", attributes, operands, [result]))
+        return result

@@ -163,7 +163,9 @@ class ArrayData(Data):
         where = f"{self.name}: input {spec.name!r}"
         if spec.dtype is not None and dtype_name(member.dtype) != spec.dtype:
             hint = " (scale and normalise the images as the model expects)" if member.dtype == np.uint8 else ""
-            raise UsageError(f"{where} is {dtype_name(member.dtype)}, the model takes {spec}; convert it with .astype{hint}")
+            raise UsageError(
+                f"{where} is {dtype_name(member.dtype)}, the model takes {spec}; convert it with .astype{hint}"
+            )
         if spec.shape is None:
             return
         rank = len(member.shape)
@@ -176,7 +178,9 @@ class ArrayData(Data):
             if isinstance(first, int):
                 self._group = first if self._group is None else max(first, self._group)
         else:
-            raise UsageError(f"{where} has shape {list(member.shape)}, the model takes {spec}: samples lie on the first axis")
+            raise UsageError(
+                f"{where} has shape {list(member.shape)}, the model takes {spec}: samples lie on the first axis"
+            )
         for have, dim in zip(member.shape[1:], dims, strict=True):
             if isinstance(dim, int) and dim != have:
                 raise UsageError(f"{where} has samples of shape {list(member.shape[1:])}, the model takes {spec}")
@@ -260,14 +264,18 @@ class CallableData(Data):
             _finite(feeds, f"{self.name}: feed {number}")
             yield feeds
         if number < 0:
-            raise UsageError(f"{self.name} gave no samples; give a callable that can be called again, not a used-up iterator")
+            raise UsageError(
+                f"{self.name} gave no samples; give a callable that can be called again, not a used-up iterator"
+            )
 
 
 def _finite(feeds: Arrays, where: str) -> None:
     for name, array in feeds.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = np.argwhere(~np.isfinite(array))[0].tolist()
-            raise UsageError(f"{where}: input {name!r} holds NaN or infinity (first at {bad}); mend or drop that sample")
+            raise UsageError(
+                f"{where}: input {name!r} holds NaN or infinity (first at {bad}); mend or drop that sample"
+            )
 
 
 def open_data(source: str | Path | Data | Mapping[str, Array], inputs: Sequence[TensorSpec]) -> Data:
@@ -335,4 +343,6 @@ def _callable(source: str, module: str, attribute: str, inputs: Sequence[TensorS
         return CallableData(source, found, inputs)
     if isinstance(found, Sequence) or (isinstance(found, Iterable) and not isinstance(found, Iterator)):
         return CallableData(source, lambda: found, inputs)
-    raise UsageError(f"calibration data {source!r} is a {type(found).__name__}; give a callable that returns an iterable of feeds")
+    raise UsageError(
+        f"calibration data {source!r} is a {type(found).__name__}; give a callable that returns an iterable of feeds"
+    )

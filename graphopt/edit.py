@@ -7,7 +7,9 @@ stand beside the node they were made for.
 
 from __future__ import annotations
 
+import functools
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import VerifyError
-from graphopt.ir import Constant, Graph, Model, Node, Variable, fresh_names, subgraphs
+from graphopt.ir import Constant, Graph, Model, Node, Variable, _clone_graph, fresh_names, subgraphs, walk
 
 
 class Editor:
@@ -156,6 +158,79 @@ class Editor:
             new.dtype = new.dtype if new.dtype is not None else old.dtype
             new.shape = new.shape if new.shape is not None else old.shape
 
+    def unpack(self, anchor: gs.Node, body: Graph, arguments: Sequence[gs.Tensor] = ()) -> list[gs.Tensor]:
+        """Move the nodes of `body` right ahead of `anchor`, into its graph; `arguments` take the place of the inputs of `body`.
+
+        `body` is one of the anchor's bodies, or a graph that the model does not hold; it is empty afterwards, and its constants
+        belong to the root. Names that the model uses elsewhere give way to fresh ones.
+
+        Returns:
+            What stands for the outputs of `body`: values computed here, or arguments, constants and captured values.
+        """
+        foreign = not any(g is body for g in subgraphs(anchor))
+        results = list(body.outputs)
+        inner = [g for node in body.nodes for nested in subgraphs(node) for g in walk(nested)]
+        for formal, actual in zip(body.inputs, arguments, strict=True):
+            for consumer in {id(n): n for n in formal.outputs}.values():
+                for index, tensor in enumerate(consumer.inputs):
+                    if tensor is formal:
+                        consumer.inputs[index] = actual
+            for returned in (results, *(g.outputs for g in inner)):
+                returned[:] = [actual if t is formal else t for t in returned]
+        made = [t for node in body.nodes for t in node.outputs if t.name]
+        for tensor in [*made, *body.initializers]:
+            if foreign or self._definitions[tensor.name] > 1:
+                self._definitions[tensor.name] -= not foreign
+                tensor.name = self.fresh_name(tensor.name)
+                self._definitions[tensor.name] += 1
+        for graph in inner if foreign else ():
+            self._inputs.update(id(t) for t in graph.inputs)
+            self._output_of.update((id(t), graph) for t in graph.outputs)
+            self._graph_of.update((id(node), graph) for node in graph.nodes)
+            defined = [*graph.inputs, *graph.initializers, *(t for node in graph.nodes for t in node.outputs)]
+            for tensor in {id(t): t for t in defined if t.name}.values():
+                tensor.name = self.fresh_name(tensor.name)
+                self._definitions[tensor.name] += 1
+        returned_inside = {id(t) for graph in inner for t in graph.outputs}
+        for tensor in made:
+            if id(tensor) not in returned_inside:
+                self._output_of.pop(id(tensor), None)
+        for node in body.nodes:
+            self._graph_of[id(node)] = self._graph_of[id(anchor)]
+            if foreign and node.name:
+                node.name = self.fresh_name(node.name)
+            previous = self._previous.get(id(anchor))
+            if previous is not None:
+                self._chain(previous, node)
+            self._chain(node, anchor)
+        body.nodes, body.initializers, body.outputs = [], [], []
+        return results
+
+    @functools.cached_property
+    def _definitions(self) -> Counter[str]:
+        """How many tensors are defined under each name; two bodies may use one name."""
+        found: Counter[str] = Counter()
+        for graph in self.model.graphs():
+            found.update({id(t): t.name for t in [*graph.inputs, *graph.initializers]}.values())
+            found.update(t.name for node in graph.nodes for t in node.outputs)
+        return found
+
+    def replace_node(self, node: gs.Node, results: Sequence[gs.Tensor]) -> None:
+        """Let `results` stand for the outputs of `node`, by Identity where a name has to be kept, and erase it."""
+        renamed: dict[int, gs.Tensor] = {}
+        for old, result in list(zip(node.outputs, results, strict=False)):
+            if not old.name:
+                continue
+            new = renamed.get(id(result), result)
+            if not self.can_replace(old, new):
+                copy = Node("Identity", f"{node.name}_identity", None, [new], [self.variable(old.name, old)])
+                self.replace_uses(old, self.insert_after(node, copy).outputs[0])
+                continue
+            self.replace_uses(old, new)
+            if self.is_output(old):
+                renamed[id(result)] = old
+        self.erase(node)
+
     def erase(self, node: gs.Node) -> None:
         """Take `node` and its bodies out of the model; nothing may read its outputs any more."""
         pending = [node]
@@ -213,6 +288,11 @@ def captures(graph: Graph) -> dict[int, gs.Tensor]:
             pending.extend(subgraphs(node))
         read.update((id(t), t) for t in current.outputs)
     return {key: tensor for key, tensor in read.items() if key not in inside and tensor.name}
+
+
+def copy_body(body: Graph, shared: Iterable[gs.Tensor] = ()) -> Graph:
+    """A copy of `body` for `Editor.unpack`; it reads the same captured values, and the `shared` ones of its own."""
+    return _clone_graph(body, {id(t): t for t in [*captures(body).values(), *shared]})
 
 
 def reads(node: gs.Node) -> Iterator[gs.Tensor]:

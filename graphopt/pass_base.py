@@ -52,7 +52,6 @@ class Context:
 
     target: Target | None = None  # None: portable, no target in mind
     seed: int = 0
-    data: Data | None = None  # calibration samples
     evaluate: Evaluate = _no_evaluator  # one node on arrays; raises where it cannot
     limit: int | None = None  # single rewrites still admitted (bisection); None: all
     remarks: list[Remark] = field(default_factory=list)
@@ -62,6 +61,7 @@ class Context:
     )  # what passes used of a budget that holds for the whole pipeline
     running: str = ""  # name of the pass that runs
     analyses: dict[type, Any] = field(default_factory=dict)  # of the model as it is; the driver drops them on a change
+    data: Data | None = None  # calibration samples, for passes that ask how values look
 
     def analysis(self, kind: Callable[[Model], Analysis], model: Model) -> Analysis:
         """The analysis `kind` of `model`, computed at most once until a pass changes the model.

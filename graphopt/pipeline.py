@@ -32,9 +32,15 @@ from graphopt.signature import Signature
 PRESETS: Final[dict[str, str]] = {
     "O0": "",
     "O1": "eliminate-identity,fold-constants,eliminate-dead",
-    "O2": "lower-cast-like,"
-    "fixpoint(eliminate-identity,eliminate-nop,fold-constants,fold-shapes,eliminate-common-subexpression,rebuild-shapes),"
-    "fuse-bn-affine,fuse-conv-bn,eliminate-dead,infer-shapes",
+    # Exact rewrites: exporter debris, shape arithmetic, no-ops, chains, transposes.
+    "simplify": "lower-cast-like,fixpoint("
+    "eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,eliminate-common-subexpression,"
+    "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,merge-reshapes,merge-slices,merge-concats,"
+    "fuse-slice-squeeze,split-slices,fuse-reduce-unsqueeze,fuse-min-max,merge-transposes,sink-transposes)",
+    # Constants into the weights beside them: each rounds once.
+    "fuse-weights": "fixpoint(simplify-arithmetic,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-pad,"
+    "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
+    "O2": "simplify,fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     "O3": "O2",
     "default": "O3",
 }

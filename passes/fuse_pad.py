@@ -1,4 +1,7 @@
-"""A convolution or pool pads by itself: zeros in Conv and, counted, in AveragePool; minus infinity in MaxPool."""
+"""A convolution or pool pads by itself: zeros in Conv and, counted, in AveragePool; minus infinity in MaxPool.
+
+A maximum over nothing but minus infinity is where kernels differ: ONNX Runtime's gives the lowest finite number or minus infinity.
+"""
 
 from __future__ import annotations
 

@@ -13,17 +13,17 @@ from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
 from graphopt.analyses import calibration, weights
 from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, sizes
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
 from graphopt.analyses.shapes import Shapes
-from graphopt.analyses.twins import Twin, best_ranges, bias_shifts
+from graphopt.analyses.twins import Twin, best_ranges, judge
 from graphopt.edit import Editor
 from graphopt.errors import UnsupportedModel, UsageError
-from graphopt.ir import Model, Node, Variable, from_proto, onnx_dtype
+from graphopt.ir import Model, Node, from_proto
 from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.qdq import Inserter
 
 _OPSET: Final = 13  # from which DequantizeLinear has an axis
 _TRIED: Final = ("minmax", "percentile", "mse", "entropy")  # by calibration=auto
@@ -60,13 +60,17 @@ class QuantizeQdq(Pass):
     only: tuple[str, ...] = ()  # of nodes to quantize; none: all that can be
     pair_safe: bool | None = None  # weights that cannot saturate on x86 without VNNI; none: as the target needs
     correct_bias: bool = True  # take the mean error of each channel off the bias
-    min_channels: int | None = None  # weighted operators with fewer channels in or out stay float; none: 16 for TensorRT
+    min_channels: int | None = (
+        None  # weighted operators with fewer channels in or out stay float; none: 16 for TensorRT
+    )
     samples: int | None = None  # calibration samples to use; none: all
 
     def run(self, model: Model, ctx: Context) -> int:
         """Plan, calibrate, insert; returns the number of weighted operators that became int8."""
         if ctx.target is not None:
-            unable = [c for c in ctx.target.compute_capabilities if int(c[2:]) < 80 and ctx.target.runtime == "tensorrt-rtx"]
+            unable = [
+                c for c in ctx.target.compute_capabilities if int(c[2:]) < 80 and ctx.target.runtime == "tensorrt-rtx"
+            ]
             if unable:
                 raise UnsupportedModel(
                     f"quantize-qdq: {ctx.target} cannot run int8 ({', '.join(unable)}); build float16 for it, or name sm80 and newer"
@@ -102,7 +106,6 @@ class _Run:
         self.safe = options.pair_safe if options.pair_safe is not None else self.chains
         self.edit = Editor(model)
         self.statistics: dict[str, calibration.Statistics] = {}
-        self.made: dict[tuple[int, int | None], gs.Tensor] = {}  # weight and axis -> its DequantizeLinear's output
 
     def run(self) -> int:
         for pattern in (*self.options.exclude, *self.options.only):
@@ -128,13 +131,7 @@ class _Run:
             return 0
         if len(admitted) < len(chosen):
             plan = Placer(self.model, self.edit, admitted, self.chains).plan()
-        found = self._affines(plan)
-        shifts = self._shifts(plan, found)
-        for node in plan.nodes:
-            self._weight(node, found, shifts.get(node.name))
-        for codes in plan.codes:
-            self._pair(codes, found[id(codes)])
-        self.edit.commit()
+        self._write(plan, self._affines(plan))
         return len(plan.nodes)
 
     # -------------------------------------------------------------------------------------------------- what to do
@@ -218,15 +215,15 @@ class _Run:
             members.setdefault(id(codes.root), []).append(codes)
         tried = _TRIED if method == "auto" and data is not None else ("minmax" if method == "auto" else method,)
         choices = {
-            one: {
-                key: self._joint([self._range(c, one) for c in group]) for key, group in members.items()
-            }
+            one: {key: self._joint([self._range(c, one) for c in group]) for key, group in members.items()}
             for one in tried
         }
         best = dict.fromkeys(members, tried[0])
         if len(tried) > 1 and data is not None:
             samples = data.head(_JUDGED_ON, calibration.MOST_AT_ONCE)
-            groups = {key: [(c.tensor.name, [n.name for n in c.readers]) for c in group] for key, group in members.items()}
+            groups = {
+                key: [(c.tensor.name, [n.name for n in c.readers]) for c in group] for key, group in members.items()
+            }
             best = best_ranges(self.model, groups, choices, samples)
         return {id(c): choices[best[id(c.root)]][id(c.root)] for c in plan.codes}
 
@@ -236,53 +233,42 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------ changes
 
     def _quantized(self, node: Node, scale: float) -> weights.Quantized:
-        """The weight of `node`; its scales large enough for the bias to fit int32."""
+        """The weight of `node`, its scales large enough for the bias to fit int32."""
         weight = np.asarray(node.inputs[1].values)
         least = None
-        if self.chains and len(node.inputs) > 2 and node.inputs[2].name:
+        if self.chains and _has_bias(node):
             bias = np.abs(np.asarray(node.inputs[2].values, np.float64)).reshape(-1)
-            if bias.size and weights.channel_axis(node, weight.ndim) is not None:
-                least = np.broadcast_to(bias / (scale * 2.0**30), (self._channels(node),))
+            least = np.broadcast_to(bias / (scale * 2.0**30), (sizes(node)[1],))
         return weights.quantize(node, weight, pair_safe=self.safe, least=least)
 
-    def _channels(self, node: Node) -> int:
-        return sizes(node)[1]
+    def _write(self, plan: Plan, found: dict[int, Affine]) -> None:
+        scales = {id(c.tensor): found[id(c)] for c in plan.codes}
+        quantized = {n.name: self._quantized(n, scales[id(n.inputs[0])].scale) for n in plan.nodes}
+        shifts: dict[str, np.ndarray[Any, Any]] = {}
+        if self.options.correct_bias and self.ctx.data is not None:
+            twins = {
+                n.name: Twin(scales[id(n.inputs[0])], quantized[n.name].values())
+                for n in plan.nodes
+                if n.op != "MatMul"
+            }
+            shifts, _ = judge(self.model, twins, self.ctx.data.head(_JUDGED_ON, calibration.MOST_AT_ONCE))
+        inserter = Inserter(self.edit)
+        for node in plan.nodes:
+            scale = scales[id(node.inputs[0])].scale
+            shift = shifts.get(node.name)
+            if _has_bias(node) or shift is not None:
+                channels = sizes(node)[1]
+                bias = np.zeros(channels)
+                if _has_bias(node):
+                    bias = bias + np.asarray(node.inputs[2].values, np.float64).reshape(-1)
+                if shift is not None:
+                    bias = bias - shift
+                inserter.bias(node, bias, quantized[node.name].scale * np.float32(scale) if self.chains else None)
+            inserter.weight(node, quantized[node.name])
+        for codes in plan.codes:
+            inserter.pair(codes, found[id(codes)])
+        self.edit.commit()
 
-    def _shifts(self, plan: Plan, found: dict[int, Affine]) -> dict[str, np.ndarray[Any, Any]]:
-        """Mean error of each output channel of each node, to be taken off its bias."""
-        data = self.ctx.data
-        nodes = [n for n in plan.nodes if n.op in ("Conv", "Gemm")]
-        if not self.options.correct_bias or data is None or not nodes:
-            return {}
-        by_tensor = {id(c.tensor): found[id(c)] for c in plan.codes}
-        twins = {}
-        for node in nodes:
-            codes = by_tensor[id(node.inputs[0])]
-            twins[node.name] = Twin(codes, self._quantized(node, codes.scale).values())
-        return bias_shifts(self.model, twins, data.head(_JUDGED_ON, calibration.MOST_AT_ONCE))
 
-    def _weight(self, node: Node, found: dict[int, Affine], shift: np.ndarray[Any, Any] | None) -> None:
-        codes = {id(c.tensor): c for c in self._all_codes}[id(node.inputs[0])]
-        scale = found[id(codes)].scale
-        weight = node.inputs[1]
-        quantized = self._quantized(node, scale)
-        key = (id(weight), quantized.axis)
-        if key not in self.made or quantized.scale.tobytes() != self.scales[key].tobytes():
-            self.made[key] = self._dequantized(node, weight.name, quantized.codes, quantized.scale, quantized.axis)
-            self.scales[key] = quantized.scale
-        node.inputs[1] = self.made[key]
-        self._bias(node, scale, quantized, shift)
-
-    def _dequantized(
-        self, node: Node, name: str, codes: np.ndarray[Any, Any], scale: np.ndarray[Any, Any], axis: int | None
-    ) -> gs.Tensor:
-        zero = np.zeros(scale.shape, codes.dtype)
-        operands = [
-            self.edit.constant(f"{name}_codes", codes),
-            self.edit.constant(f"{name}_scale", scale.astype(np.float32)),
-            self.edit.constant(f"{name}_zero", zero),
-        ]
-        result = Variable(self.edit.fresh_name(name), np.dtype(np.float32), tuple(codes.shape))
-        attributes = {} if axis is None else {"axis": axis}
-        self.edit.insert_before(node, Node("DequantizeLinear", f"{name}_dequantize", attributes, operands, [result]))
-        return result
+def _has_bias(node: Node) -> bool:
+    return len(node.inputs) > 2 and bool(node.inputs[2].name)

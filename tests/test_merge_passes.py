@@ -36,12 +36,16 @@ def optimized(pipeline: str, model: ir.Model) -> Result:
     return Pipeline.parse(pipeline).run(model, Context(evaluate=evaluate_node), [Verify(), FullCheck()])
 
 
+def written(model: ir.Model) -> list[str]:
+    return canonical(ir.loads(ir.saves(model)))
+
+
 def check(case: Case) -> None:
     """Structure, idempotence, interface (by FullCheck and Verify), and numbers on random draws."""
     model = ir.parse(case.before)
     result = optimized(case.pipeline, model)
     expected = model if case.after is None else ir.parse(case.after)
-    assert canonical(result.model) == canonical(expected), result.model.text()
+    assert written(result.model) == written(expected), result.model.text()
     assert (result.rewrites == 0) == (case.after is None)
     assert case.remark in "\n".join(map(str, result.remarks))
     assert optimized(case.pipeline, result.model).rewrites == 0
@@ -395,7 +399,8 @@ CONCATS = [
     Case(
         "an empty operand",
         "merge-concats",
-        "g (float[N,2] a) => (float[N,4] y) <float[1,0] none = {}> { e = Exp (a)\n y = Concat <axis = 1> (e, a) }",
+        "g (float[3,2] a, float[3,0] none) => (float[3,4] y) { e = Exp (a)\n y = Concat <axis = 1> (e, none, a) }",
+        "g (float[3,2] a, float[3,0] none) => (float[3,4] y) { e = Exp (a)\n y = Concat <axis = 1> (e, a) }",
     ),
     Case(
         "a split put together again",
@@ -617,7 +622,7 @@ MASKS = [
         "where of a constant condition",
         "simplify-masks",
         "g (float[N] a, float[N] b) => (float[N] y) <bool[1] c = {0}> { e = Exp (b)\n w = Where (c, a, e)\n y = Exp (w) }",
-        None,
+        "g (float[N] a, float[N] b) => (float[N] y) { e = Exp (b)\n y = Exp (e) }",
     ),
     Case(
         "a mask compared with one and with zero",
@@ -697,7 +702,9 @@ def test_the_time_of_a_chain_grows_with_its_length() -> None:
     seconds = []
     for links in (1000, 4000):
         lines = [f"  v{i + 1} = {('Unsqueeze', 'Squeeze')[i % 2]} (v{i}, a)" for i in range(links)]
-        text = "g (float[2] v0) => (float[2] y) <int64[1] a = {0}> {\n" + "\n".join(lines) + f"\n  y = Exp (v{links})\n}}"
+        text = (
+            "g (float[2] v0) => (float[2] y) <int64[1] a = {0}> {\n" + "\n".join(lines) + f"\n  y = Exp (v{links})\n}}"
+        )
         model = ir.parse(text)
         begin = time.perf_counter()
         result = Pipeline.parse("merge-reshapes").run(model)

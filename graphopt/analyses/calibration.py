@@ -122,7 +122,9 @@ class Runner:
             self._session = ort.InferenceSession(saves(copy), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             told = " ".join(str(error).split())[:300]
-            raise UnsupportedModel(f"calibration needs ONNX Runtime to run the model, which refuses it: {told}") from None
+            raise UnsupportedModel(
+                f"calibration needs ONNX Runtime to run the model, which refuses it: {told}"
+            ) from None
         self._names = list(wanted)
         self._inputs = {i.name for i in self._session.get_inputs()}
 
@@ -135,7 +137,9 @@ class Runner:
         try:
             values = self._session.run(self._names, {n: a for n, a in feeds.items() if n in self._inputs})
         except Exception as error:
-            raise UnsupportedModel(f"the model fails on calibration samples: {' '.join(str(error).split())[:300]}") from None
+            raise UnsupportedModel(
+                f"the model fails on calibration samples: {' '.join(str(error).split())[:300]}"
+            ) from None
         return dict(zip(self._names, values, strict=True))
 
 
@@ -186,6 +190,7 @@ def calibrate(
     names: Sequence[str],
     data: Data,
     *,
+    limit: int | None = None,
     budget: int = BUDGET,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Statistics]:
@@ -199,7 +204,7 @@ def calibrate(
     if not names:
         return found
     done: dict[int, int] = {}
-    for group, values in runs(model, names, data, budget):
+    for group, values in runs(model, names, data, budget, limit):
         for name, array in values.items():
             try:
                 found[name].add(array)

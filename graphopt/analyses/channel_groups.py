@@ -203,7 +203,11 @@ class ChannelGroups:
         call = channel_relations.Call(self, node)
         results: Sequence[Labels | None] | None = None
         why = "has no relation in the table"
-        if relation is not None and not subgraphs(node) and all(self.labels(t) is not None for t in node.inputs if t.name):
+        if (
+            relation is not None
+            and not subgraphs(node)
+            and all(self.labels(t) is not None for t in node.inputs if t.name)
+        ):
             results = relation(call)
             why = "cannot follow channels through it"
         if results is None:
@@ -211,7 +215,10 @@ class ChannelGroups:
             results = [self._untracked(t) for t in node.outputs]
         for index, tensor in enumerate(node.inputs):
             if tensor.name and index not in call.touched:
-                self._pin_tensor(tensor, f"node {node.name!r} ({node.op}) {why if results is None or relation is None else 'needs all of it'}")
+                self._pin_tensor(
+                    tensor,
+                    f"node {node.name!r} ({node.op}) {why if results is None or relation is None else 'needs all of it'}",
+                )
         return results
 
     def _untracked(self, tensor: gs.Tensor) -> Labels | None:
@@ -360,9 +367,9 @@ class ChannelGroups:
         kept = Kept(self, removed)
         replaced: dict[int, Constant] = {}
         for key, weight in self._weights.items():
-            if weight.frozen or not any(a is not None and not kept.mask(a).all() for a in weight.labels):
-                if weight.custom is None:
-                    continue
+            cut = not weight.frozen and any(a is not None and not kept.mask(a).all() for a in weight.labels)
+            if not cut and weight.custom is None:
+                continue
             values = np.asarray(weight.tensor.values)
             if weight.custom is not None:
                 values = weight.custom(kept, values)
@@ -383,7 +390,8 @@ class ChannelGroups:
                 labels = self._labels.get(id(tensor))
                 if labels is not None and tensor.shape is not None and len(tensor.shape) == len(labels):
                     tensor.shape = tuple(
-                        dim if atoms is None else kept.count(atoms) for dim, atoms in zip(tensor.shape, labels, strict=True)
+                        dim if atoms is None else kept.count(atoms)
+                        for dim, atoms in zip(tensor.shape, labels, strict=True)
                     )
 
     def cost_model(self, what: str) -> CostModel:
@@ -410,7 +418,9 @@ class ChannelGroups:
                 group = int(node.attrs.get("group", 1))
                 ins = self._axis(data, 1)
                 width = ins if isinstance(ins, int) else len(ins)
-                found.append(_term([*factors, *taps, *([] if group == width > 1 else [ins])], 1 if group == width else group))
+                found.append(
+                    _term([*factors, *taps, *([] if group == width > 1 else [ins])], 1 if group == width else group)
+                )
             elif node.op == "ConvTranspose":
                 taps = [self._axis(weight, i) for i in range(1, ranks[1] or 0)]
                 found.append(_term([*(self._axis(data, i) for i in range(ranks[0] or 0)), *taps]))
@@ -493,9 +503,7 @@ class CostModel:
                 self.lengths[axis] -= count
 
 
-def _count(
-    roots: Array, free: set[int], site: tuple[int, int], into: dict[int, list[tuple[int, int, int]]]
-) -> None:
+def _count(roots: Array, free: set[int], site: tuple[int, int], into: dict[int, list[tuple[int, int, int]]]) -> None:
     for root, count in zip(*np.unique(roots, return_counts=True), strict=True):
         if int(root) in free:
             into[int(root)].append((*site, int(count)))

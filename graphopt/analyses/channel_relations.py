@@ -110,7 +110,9 @@ class Call:
 
     def atoms(self, axis: Axis, size: Dim, what: str) -> Array:
         """The atoms of an axis, fresh pinned ones where nothing tracks it."""
-        return axis if axis is not None else self.groups.fresh(int(size) if isinstance(size, int) else 0, self.why(what))
+        return (
+            axis if axis is not None else self.groups.fresh(int(size) if isinstance(size, int) else 0, self.why(what))
+        )
 
     def fix(self, change: Callable[[Kept, Editor], None]) -> None:
         """What to rewrite of the node when channels go."""
@@ -120,7 +122,9 @@ class Call:
         """Write integers where the node has them: in an operand, else in an attribute."""
         if index < len(self.node.inputs) and (self.has(index) or attribute not in self.node.attrs):
             old = self.node.inputs[index]
-            self.node.inputs[index] = edit.constant(old.name or f"{self.node.name}_{attribute}", np.array(values, np.int64))
+            self.node.inputs[index] = edit.constant(
+                old.name or f"{self.node.name}_{attribute}", np.array(values, np.int64)
+            )
         else:
             self.node.attrs[attribute] = list(values)
 
@@ -130,7 +134,20 @@ class Call:
 
 @_relation(
     *("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "Gelu", "HardSwish", "HardSigmoid", "Elu", "Selu", "Celu", "Mish"),
-    *("Softplus", "Softsign", "ThresholdedRelu", "Shrink", "Exp", "Log", "Sqrt", "Abs", "Neg", "Floor", "Ceil", "Round"),
+    *(
+        "Softplus",
+        "Softsign",
+        "ThresholdedRelu",
+        "Shrink",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Abs",
+        "Neg",
+        "Floor",
+        "Ceil",
+        "Round",
+    ),
     *("Reciprocal", "Sign", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh"),
     *("Identity", "Cast", "CastLike", "Dropout", "Not", "IsNaN", "IsInf", "QuickGelu", "Swish", "Clip"),
 )
@@ -421,9 +438,7 @@ def _reshape(call: Call) -> Sequence[Labels | None] | None:
     return [tuple(result)]
 
 
-def _segments(
-    call: Call, before: Sequence[Dim], after: Sequence[Dim]
-) -> list[tuple[list[int], list[int]]]:
+def _segments(call: Call, before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
     """The runs of axes, without those of size 1, that a reshape maps onto each other; what it cannot part is one run in the middle."""
     old = [i for i, d in enumerate(before) if d != 1]
     new = [j for j, d in enumerate(after) if d != 1]
@@ -572,9 +587,7 @@ def _concat(call: Call) -> Sequence[Labels | None] | None:
                 call.pin(part, "appends it to a dimension that is known at run time only")
             result.append(None)
             continue
-        result.append(
-            np.concatenate([call.atoms(p, n, "appends it") for p, n in zip(parts, sizes, strict=True)])
-        )
+        result.append(np.concatenate([call.atoms(p, n, "appends it") for p, n in zip(parts, sizes, strict=True)]))
     return [tuple(result)]
 
 
@@ -588,10 +601,10 @@ def _split(call: Call) -> Sequence[Labels | None] | None:
         return [tuple(labels)] * len(call.node.outputs)
     sizes = []
     for index in range(len(call.node.outputs)):
-        shape = call.out_dims(index)
-        if shape is None or not isinstance(shape[axis], int):
+        size = (call.out_dims(index) or (None,) * len(labels))[axis]
+        if not isinstance(size, int):
             return None
-        sizes.append(int(shape[axis]))
+        sizes.append(size)
     parts = np.split(channels, np.cumsum(sizes)[:-1])
 
     def fix(kept: Kept, edit: Editor) -> None:
@@ -732,21 +745,19 @@ def _expand(call: Call) -> Sequence[Labels | None] | None:
         return None
     call.touched.add(1)
     offset = len(after) - len(labels)
-    neutral = [v == 1 for v in value.reshape(-1).tolist()]
-    places = [i for i, axis in enumerate(labels) if axis is not None]
-    rewrite = [i for i in places if not neutral[i + len(neutral) - len(labels)]]
+    neutral = [True] * len(labels) + [v == 1 for v in value.reshape(-1).tolist()]
+    rewrite = [i for i, axis in enumerate(labels) if axis is not None and not neutral[i - len(labels)]]
     if call.node.op == "Tile" or any(isinstance(v, Expr) for v in value.flat):
         for i in rewrite:
             call.pin(labels[i], "repeats it" if call.node.op == "Tile" else "states its size at run time")
         rewrite = []
-    result: list[Axis] = [None] * offset + [
-        axis if before[i] == after[i + offset] else None for i, axis in enumerate(labels)
-    ]
+    result: list[Axis] = [None] * offset
+    result.extend(axis if before[i] == after[i + offset] else None for i, axis in enumerate(labels))
 
     def fix(kept: Kept, edit: Editor) -> None:
         sizes = [int(v) for v in value.flat]
         for i in rewrite:
-            sizes[i + len(sizes) - len(labels)] = 1
+            sizes[i - len(labels)] = 1
         call.store(1, "shape", edit, sizes)
 
     if rewrite:
@@ -827,10 +838,9 @@ def _reads(call: Call, place: int) -> bool:
                 continue
         if reader.op == "Slice" and reader.inputs[0] is result and len(reader.inputs) > 2:
             first, last = (call.groups.shapes.integers(t) for t in reader.inputs[1:3])
-            size = len(call.dims(0))
             if first is not None and last is not None and len(reader.inputs) < 5:
-                if place not in range(size)[int(first.flat[0]) : int(last.flat[0])]:
+                seen = range(len(call.dims(0)))[int(first.flat[0]) : int(last.flat[0])]
+                if place not in seen:
                     continue
         return True
     return False
-

@@ -97,7 +97,7 @@ class Layer:
 
     def positions(self, result: Array) -> int:
         """How many rows `columns` and `outputs` have for this result."""
-        channels = result.shape[1] if self.op == "Conv" else result.shape[-1]
+        channels = int(result.shape[1 if self.op == "Conv" else -1])
         return result.size // max(1, channels)
 
     def columns(self, x: Array, result: Array, take: Array) -> Array:
@@ -106,24 +106,29 @@ class Layer:
             return x.reshape(-1, x.shape[-1])[take][None]
         kernel = self.weight.shape[2:]
         strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
-        last = np.ascontiguousarray(np.moveaxis(np.pad(x, [(0, 0), (0, 0), *pads]), 1, -1))
+        padding: list[tuple[int, int]] = [(0, 0), (0, 0), *pads]
+        last = np.ascontiguousarray(np.moveaxis(np.pad(x, padding), 1, -1))
         sample, *place = np.unravel_index(take, (x.shape[0], *result.shape[2:]))
         rows = np.empty((len(take), math.prod(kernel), x.shape[1]), x.dtype)
         for tap, offset in enumerate(np.ndindex(*kernel)):
             at = [p * s + o * d for p, s, o, d in zip(place, strides, offset, dilations, strict=True)]
-            rows[:, tap] = last[(sample, *at)]
+            index: Any = (sample, *at)
+            rows[:, tap] = last[index]
         if self.groups == 1:
             return rows.reshape(1, len(take), -1)
         parts = rows.reshape(len(take), rows.shape[1], self.groups, -1).transpose(2, 0, 1, 3)
-        return parts.reshape(self.groups, len(take), -1)
+        blocks: Array = parts.reshape(self.groups, len(take), -1)
+        return blocks
 
     def outputs(self, result: Array, take: Array) -> Array:
         """The results at the same positions: [groups, positions, outputs]."""
         if self.op != "Conv":
             return result.reshape(-1, result.shape[-1])[take][None]
         place = np.unravel_index(take, (result.shape[0], *result.shape[2:]))
-        picked = result[(place[0], slice(None), *place[1:])]
-        return picked.reshape(len(take), self.groups, -1).transpose(1, 0, 2)
+        index: Any = (place[0], slice(None), *place[1:])
+        picked = result[index]
+        parts: Array = picked.reshape(len(take), self.groups, -1).transpose(1, 0, 2)
+        return parts
 
 
 def convolution(
@@ -180,7 +185,11 @@ def _layer(node: Node, edit: Editor) -> Layer | None:
     reader = edit.sole_consumer(node.outputs[0])
     if reader is not None and reader.op == "Add":
         for index, other in enumerate(reader.inputs):
-            if edit.is_fixed(other) and len(other.outputs) == 1 and math.prod(other.shape) == weight.shape[1] == other.shape[-1]:
+            if (
+                edit.is_fixed(other)
+                and len(other.outputs) == 1
+                and math.prod(other.shape) == weight.shape[1] == other.shape[-1]
+            ):
                 return Layer(node, "MatMul", 1, True, 1.0, reader, index, False)
     return Layer(node, "MatMul", 1, True, 1.0, None, None, True)
 
@@ -190,7 +199,9 @@ def _own_bias(node: Node, edit: Editor) -> tuple[int | None, bool]:
         return None, False
     bias = node.inputs[2]
     rows = node.inputs[1].shape[0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1]
-    usable = edit.is_fixed(bias) and len(bias.outputs) == 1 and math.prod(bias.shape) == rows and node.attrs.get("beta", 1.0)
+    usable = (
+        edit.is_fixed(bias) and len(bias.outputs) == 1 and math.prod(bias.shape) == rows and node.attrs.get("beta", 1.0)
+    )
     return (2, False) if usable else (None, True)
 
 

@@ -245,7 +245,12 @@ class Chooser:
         if self._rows is None:
             self._rows = {root: [] for root in self.family.classes}
             for tensor, labels in self.groups.weights():
-                if labels and labels[0] is not None and len(labels) > 1 and labels[-1 if len(labels) == 2 else 0] is not None:
+                if (
+                    labels
+                    and labels[0] is not None
+                    and len(labels) > 1
+                    and labels[-1 if len(labels) == 2 else 0] is not None
+                ):
                     axis = 0
                     roots = self.groups.roots[labels[axis]]
                     values = np.asarray(tensor.values, np.float32)

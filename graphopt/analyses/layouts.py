@@ -312,9 +312,7 @@ def _pad(call: Call) -> Transparent | None:
         axes = call.axes(rank, 3)
         if not axes:
             return None
-        return Transparent(
-            rank, (0,), rewrite=lambda perm, edit: call.set_axes([perm.index(axis) for axis in axes], 3)
-        )
+        return Transparent(rank, (0,), rewrite=lambda perm, edit: call.set_axes([perm.index(axis) for axis in axes], 3))
     pads = call.node.attrs.get("pads") if call.opset < 11 else call.ints(1)
     if not isinstance(pads, list) or len(pads) != 2 * rank:
         return None

@@ -28,7 +28,19 @@ ARITHMETIC: Final = frozenset(
     ["Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu", "Softmax", "Where"]
 )  # ONNX Runtime has a kernel for them that reads and writes codes
 MOVING: Final = frozenset(
-    ["MaxPool", "Reshape", "Flatten", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Gather", "DepthToSpace", "Resize", "Identity"]
+    [
+        "MaxPool",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+        "Gather",
+        "DepthToSpace",
+        "Resize",
+        "Identity",
+    ]
 )  # of one value and some parameters; what comes out are codes that went in
 _KNOWN: Final = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
 
@@ -153,7 +165,7 @@ class Placer:
             arithmetic = [n for n in self.model.graph.nodes if self._residual(n)]
             self._integer.update(id(n) for n in arithmetic)
         self._readers(arithmetic)
-        order = [t for t in [*self.model.graph.inputs, *(t for n in self.model.graph.nodes for t in n.outputs)]]
+        order = [*self.model.graph.inputs, *(t for n in self.model.graph.nodes for t in n.outputs)]
         codes = [self._codes[id(t)] for t in order if id(t) in self._codes]
         return Plan(self.chosen, [c for c in codes if c.readers or c.folds or self._must(c)], arithmetic, moving)
 

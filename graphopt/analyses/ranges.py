@@ -66,7 +66,7 @@ class Affine:
     def round_trip(self, values: Array) -> Array:
         """What is left of `values` after coding and decoding."""
         codes = np.clip(np.rint(values / self.scale) + self.zero_point, self.scheme.low, self.scheme.high)
-        return (codes - self.zero_point) * self.scale
+        return np.asarray((codes - self.zero_point) * self.scale)
 
 
 def affine(low: float, high: float, scheme: Scheme) -> Affine:

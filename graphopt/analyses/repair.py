@@ -32,6 +32,8 @@ Places = Mapping[str, Sequence[Array | None]]  # tensor -> for each axis, the in
 
 ROWS: Final = 1 << 13  # positions of a layer that go into its moments at least
 ROWS_PER_COLUMN: Final = 40
+KEPT_ROWS: Final = 1 << 26  # elements of rows that are kept to look at behind a gate
+GATE_TURNS: Final = 4
 HELD_OUT: Final = 5  # every fifth sample is not fitted to
 
 
@@ -103,7 +105,8 @@ def picks(layer: Layer, results: Values, seed: int) -> list[Array]:
     rng = np.random.default_rng(seed)
     most = max(ROWS, ROWS_PER_COLUMN * layer.matrix().shape[-1])
     return [
-        np.arange(n) if total <= most else np.sort(rng.choice(n, max(1, n * most // total), replace=False)) for n in sizes
+        np.arange(n) if total <= most else np.sort(rng.choice(n, max(1, n * most // total), replace=False))
+        for n in sizes
     ]
 
 
@@ -146,6 +149,7 @@ def repair(
     wanted = _joins(original, found)
     fits: list[Fit] = []
     by_name = {node.name: node for node in original.graph.nodes}
+    returned = {tensor.name for tensor in original.graph.outputs}
     with pool() as threads:
         for number, (a, b) in enumerate(zip(original.graph.nodes, pruned.graph.nodes, strict=True)):
             results = first.run(a, threads)
@@ -153,10 +157,10 @@ def repair(
             layer = found.get(b.name)
             if touched and layer is not None and _fittable(layer):
                 join = _join_of(wanted.get(b.name), second, by_name)
-                target = _target(first, second, layer, a, results, join, places, by_name)
-                if target is not None:
-                    fit = _fit(layer, edit, second.get(b.inputs[0]), target, seed + number)
-                    fits.append(fit)
+                target, offsets = _target(first, second, layer, a, results, join, places, by_name)
+                last = (join or by_name[(layer.adder or layer.node).name]).outputs[0]
+                gated = bool(last.outputs) and all(r.op == "Relu" for r in last.outputs) and last.name not in returned
+                fits.append(_fit(layer, edit, second.get(b.inputs[0]), target, offsets, gated, seed + number))
             second_results = second.run(b, threads) if touched else results
             first.keep(a, results)
             second.keep(b, second_results)
@@ -176,7 +180,7 @@ def _same(first: Runner, second: Runner, a: Node, b: Node) -> bool:
                 return False
         elif x.name and first.values[x.name] is not second.values.get(y.name):
             return False
-    return len(a.inputs) == len(b.inputs)
+    return bool(len(a.inputs) == len(b.inputs))
 
 
 def _fittable(layer: Layer) -> bool:
@@ -213,8 +217,8 @@ def _target(
     join: Node | None,
     places: Places,
     by_name: Mapping[str, Node],
-) -> Values | None:
-    """What the layer's result, bias included, should be."""
+) -> tuple[Values, Values | None]:
+    """What the layer's result, bias included, should be, and what will be added to it."""
     values = results[0]
     name = a.outputs[0].name
     if layer.adder is not None:
@@ -224,16 +228,16 @@ def _target(
         name = adder.outputs[0].name
     sliced = [_take(v, places.get(name, ())) for v in values]
     if join is None:
-        return sliced
+        return sliced, None
     other = next(t for t in join.inputs if t.name in second.values)
     if other.name not in first.values:
-        return sliced
+        return sliced, None
     here, there = first.get(other), second.get(other)
     cut = places.get(other.name, ())
     shapes_agree = all(_take(h, cut).shape == t.shape == s.shape for h, t, s in zip(here, there, sliced, strict=True))
     if not shapes_agree:
-        return sliced
-    return [s + _take(h, cut) - t for h, t, s in zip(here, there, sliced, strict=True)]
+        return sliced, None
+    return [s + _take(h, cut) - t for h, t, s in zip(here, there, sliced, strict=True)], there
 
 
 def _take(array: Array, cut: Sequence[Array | None]) -> Array:
@@ -243,40 +247,98 @@ def _take(array: Array, cut: Sequence[Array | None]) -> Array:
     return array
 
 
-def _fit(layer: Layer, edit: Editor, inputs: Values, target: Values, seed: int) -> Fit:
+class _Rows:
+    """Positions of a layer, fitted or held out: moments, and where they fit into memory the rows themselves."""
+
+    def __init__(self, layer: Layer, shape: tuple[int, int, int], gated: bool) -> None:
+        groups, outputs, columns = shape
+        self.layer = layer
+        self.gated = gated
+        self.moments = Moments(groups, columns, outputs)
+        self.x: list[Array] = []
+        self.z: list[Array] = []
+        self.offset: list[Array] = []
+
+    def add(self, x: Array, z: Array, offset: Array | None, take: Array) -> None:
+        if not len(take):
+            return
+        columns = np.asarray(self.layer.columns(x, z, take), np.float32)
+        target = np.asarray(self.layer.outputs(z, take), np.float32)
+        self.moments.add(columns, target)
+        if self.gated:
+            self.x.append(columns)
+            self.z.append(target)
+            zero = np.zeros((1, 1, 1), np.float32)
+            self.offset.append(zero if offset is None else np.asarray(self.layer.outputs(offset, take), np.float32))
+
+    def error(self, w: Array, b: Array) -> float:
+        """Mean squared error of the layer, behind the gate if there is one."""
+        if not self.gated:
+            return self.moments.error(w, b)
+        total = 0.0
+        for x, z, offset in zip(self.x, self.z, self.offset, strict=True):
+            found = x @ w.astype(np.float32).transpose(0, 2, 1) + b[:, None, :].astype(np.float32)
+            gap = np.maximum(z + offset, 0) - np.maximum(found + offset, 0)
+            total += float(np.square(gap, dtype=np.float64).sum())
+        return total / max(1, self.moments.count)
+
+    def bent(self, w: Array, b: Array) -> Moments:
+        """Moments with a target that asks nothing where both the original and the layer are cut off by the gate."""
+        moved = Moments(0, 0, 0)
+        old = self.moments
+        moved.count, moved.x, moved.xx = old.count, old.x, old.xx
+        moved.z, moved.zx, moved.zz = np.zeros_like(old.z), np.zeros_like(old.zx), np.zeros_like(old.zz)
+        for x, z, offset in zip(self.x, self.z, self.offset, strict=True):
+            found = x @ w.astype(np.float32).transpose(0, 2, 1) + b[:, None, :].astype(np.float32)
+            target = np.where(z + offset > 0, z, np.minimum(found, -offset))
+            moved.z += target.sum(1, dtype=np.float64)
+            moved.zx += target.transpose(0, 2, 1) @ x
+        return moved
+
+
+def _fit(
+    layer: Layer, edit: Editor, inputs: Values, target: Values, offsets: Values | None, gated: bool, seed: int
+) -> Fit:
     w = layer.matrix().astype(np.float64)
     groups, outputs, columns = w.shape
-    fitted, held = Moments(groups, columns, outputs), Moments(groups, columns, outputs)
-    for index, (x, z, take) in enumerate(zip(inputs, target, picks(layer, target, seed), strict=True)):
+    takes = picks(layer, target, seed)
+    gated = gated and sum(map(len, takes)) * columns * groups <= KEPT_ROWS
+    fitted, held = (_Rows(layer, w.shape, gated) for _ in range(2))
+    for index, (x, z, take) in enumerate(zip(inputs, target, takes, strict=True)):
+        offset = offsets[index] if offsets is not None else None
         sample = take * len(x) // layer.positions(z) + index
         out = (sample % HELD_OUT) == 0 if len(inputs) > 1 or len(x) > 1 else np.zeros(len(take), bool)
-        for moments, chosen in ((fitted, take[~out]), (held, take[out])):
-            if len(chosen):
-                moments.add(
-                    np.asarray(layer.columns(x, z, chosen), np.float32), np.asarray(layer.outputs(z, chosen), np.float32)
-                )
-    judge = held if held.count else fitted
+        fitted.add(x, z, offset, take[~out])
+        held.add(x, z, offset, take[out])
+    judge = held if held.moments.count else fitted
     bias = layer.bias_values().astype(np.float64).reshape(groups, outputs)
-    scale = judge.variance() or 1.0
-    best = before = judge.error(w, bias)
-    kind = "sliced"
-    strength: float | None = None
-    if not layer.fixed_bias:
-        shifted = bias + (fitted.z - np.einsum("god,gd->go", w, fitted.x)) / max(1, fitted.count) - bias
-        error = judge.error(w, shifted)
-        if error < best:
-            best, kind, strength = error, "bias", np.inf
-    for candidate in RIDGES:
-        solved, moved = ridge(fitted, w, candidate, not layer.fixed_bias)
-        error = judge.error(solved, bias if layer.fixed_bias else moved)
-        if np.isfinite(error) and error < best:
-            best, kind, strength = error, f"ridge {candidate:g}", candidate
-    if strength is not None:
-        everything = fitted + held
-        if np.isinf(strength):
-            mean = (everything.z - np.einsum("god,gd->go", w, everything.x)) / max(1, everything.count)
-            layer.store(edit, w, mean.reshape(-1))
-        else:
-            solved, moved = ridge(everything, w, strength, not layer.fixed_bias)
-            layer.store(edit, solved, None if layer.fixed_bias else moved.reshape(-1))
-    return Fit(layer.node.name, before / scale, best / scale, kind)
+    scale = judge.moments.variance() or 1.0
+    before = judge.error(w, bias)
+    best = before, w, bias, "sliced"
+    free = not layer.fixed_bias
+
+    def propose(matrix: Array, vector: Array, kind: str) -> None:
+        nonlocal best
+        vector = vector if free else bias
+        error = judge.error(matrix, vector)
+        if np.isfinite(error) and error < best[0]:
+            best = error, matrix, vector, kind
+
+    mean = (fitted.moments.z - np.einsum("god,gd->go", w, fitted.moments.x)) / max(1, fitted.moments.count)
+    propose(w, mean, "bias")
+    for strength in RIDGES:
+        propose(*ridge(fitted.moments, w, strength, free), f"ridge {strength:g}")
+    if gated and best[3].startswith("ridge"):
+        strength = float(best[3].split()[1])
+        for turn in range(GATE_TURNS):
+            _, matrix, vector, _ = best
+            propose(*ridge(fitted.bent(matrix, vector), w, strength, free), f"ridge {strength:g} gated {turn + 1}")
+            if best[1] is matrix:
+                break
+    error, matrix, vector, kind = best
+    if kind.startswith("ridge"):  # the verdict is in: learn from those held out, too
+        both = [rows.bent(matrix, vector) if "gated" in kind else rows.moments for rows in (fitted, held)]
+        matrix, vector = ridge(both[0] + both[1], w, float(kind.split()[1]), free)
+    if kind != "sliced":
+        layer.store(edit, matrix, vector.reshape(-1) if free else None)
+    return Fit(layer.node.name, before / scale, error / scale, kind)

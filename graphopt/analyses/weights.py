@@ -77,7 +77,7 @@ def reduction(node: Node, weight: Array) -> tuple[Array, bool]:
 def worst_pair(rows: Array, ordered: bool = True) -> Array:
     """The largest sum of magnitudes of two neighbours of one sign, for each row; of any two where the order is unknown."""
     if rows.shape[1] < 2:
-        return np.abs(rows).max(axis=1, initial=0)
+        return np.asarray(np.abs(rows).max(axis=1, initial=0))
     worst = np.zeros(len(rows))
     for signed in (np.maximum(rows, 0), np.maximum(-rows, 0)):
         if ordered:
@@ -103,7 +103,9 @@ def pairs_at_risk(node: Node, codes: Array) -> int:
     return int(np.count_nonzero((255 * high > 32767) | (255 * low < -32768)))
 
 
-def quantize(node: Node, weight: Array, *, pair_safe: bool, per_channel: bool = True, least: Array | None = None) -> Quantized:
+def quantize(
+    node: Node, weight: Array, *, pair_safe: bool, per_channel: bool = True, least: Array | None = None
+) -> Quantized:
     """Round the weight of `node` to int8.
 
     Args:
@@ -135,11 +137,15 @@ def quantize(node: Node, weight: Array, *, pair_safe: bool, per_channel: bool = 
         grow = np.broadcast_to(over.any() if axis is None else over, scale.shape)
         scale = np.where(grow, np.nextafter(scale * np.float32(1.0001), np.float32(np.inf)), scale).astype(np.float32)
     if axis is None:
-        return Quantized(np.clip(np.rint(weight / scale[0]), -LARGEST, LARGEST).astype(np.int8), scale.reshape(()), None)
+        return Quantized(
+            np.clip(np.rint(weight / scale[0]), -LARGEST, LARGEST).astype(np.int8), scale.reshape(()), None
+        )
     shape = [1] * weight.ndim
     shape[axis] = -1
     spread = scale.astype(np.float64).reshape(shape)
-    return Quantized(np.clip(np.rint(weight.astype(np.float64) / spread), -LARGEST, LARGEST).astype(np.int8), scale, axis)
+    return Quantized(
+        np.clip(np.rint(weight.astype(np.float64) / spread), -LARGEST, LARGEST).astype(np.int8), scale, axis
+    )
 
 
 def floored(scale: Array) -> Array:

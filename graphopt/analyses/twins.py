@@ -1,0 +1,170 @@
+"""Every quantized operator beside its float self, in one run of the float model.
+
+A twin reads the same float operands as its original, rounds them as codes would, computes the same operator, and gives only a sum
+over the difference. So one run judges all operators at once and each alone, whatever happens before it in the graph, and nothing large leaves
+the runtime. Scales come in as inputs, so trying another range compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.calibration import Runner
+from graphopt.analyses.ranges import Affine
+from graphopt.data import Data
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node, Variable, subgraphs
+
+Array = np.ndarray[Any, Any]
+Key = TypeVar("Key", bound=Hashable)
+
+_FLOAT: Final = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """How the first operand of a node and its weight are rounded."""
+
+    codes: Affine
+    weight: Array | None  # as float32; None: as it is
+
+
+class _Builder:
+    """A copy of a model with twins added."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model.clone()
+        self.edit = Editor(self.model)
+        self.nodes = {n.name: n for n in self.model.graph.nodes}
+        self.tensors: dict[str, gs.Tensor] = {}
+        for node in self.model.graph.nodes:
+            self.tensors.update((t.name, t) for t in node.outputs if t.name)
+        self.tensors.update((t.name, t) for t in self.model.graph.inputs)
+        self.wanted: list[str] = []
+
+    def add(self, op: str, operands: Sequence[gs.Tensor], **attributes: Any) -> Variable:
+        """A node at the end of the graph."""
+        output = Variable(self.edit.fresh_name("twin"), _FLOAT)
+        self.model.graph.nodes.append(Node(op, self.edit.fresh_name("twin_node"), attributes, list(operands), [output]))
+        return output
+
+    def scalar(self, value: float) -> gs.Tensor:
+        return self.edit.constant("twin_scalar", np.asarray(value, np.float32))
+
+    def rounded(self, tensor: gs.Tensor, scale: gs.Tensor, low: gs.Tensor, high: gs.Tensor) -> Variable:
+        """What coding and decoding leaves of `tensor`; in arithmetic, which no optimizer turns into int8 kernels."""
+        codes = self.add("Round", [self.add("Div", [tensor, scale])])
+        return self.add("Mul", [self.add("Clip", [codes, low, high]), scale])
+
+    def copy(self, node: gs.Node, operands: Sequence[gs.Tensor]) -> Variable:
+        """`node` again, on other operands; its first output."""
+        output = Variable(self.edit.fresh_name("twin"), _FLOAT)
+        outputs = [output, *(Variable("") for _ in node.outputs[1:])]
+        copy = Node(
+            node.op, self.edit.fresh_name("twin_node"), dict(node.attrs), list(operands), outputs, node.domain or ""
+        )
+        copy.attr_types = dict(node.attr_types)
+        self.model.graph.nodes.append(copy)
+        return output
+
+    def give(self, tensor: gs.Tensor) -> str:
+        self.wanted.append(tensor.name)
+        return str(tensor.name)
+
+    def feed(self, wish: str) -> Variable:
+        value = Variable(self.edit.fresh_name(wish), _FLOAT, ())
+        self.model.graph.inputs.append(value)
+        return value
+
+
+def best_ranges(
+    model: Model,
+    groups: Mapping[Key, Sequence[tuple[str, Sequence[str]]]],
+    choices: Mapping[str, Mapping[Key, Affine]],
+    data: Data,
+) -> dict[Key, str]:
+    """For each group of tensors that share codes, the choice with the least error at the outputs of the nodes that read them.
+
+    Args:
+        model: in float, with named nodes.
+        groups: of (tensor, names of its readers) in the root graph.
+        choices: name of the choice -> the codes of each group.
+        data: samples to judge on.
+
+    Returns:
+        The name of the best choice for each group; ties go to the first.
+    """
+    build = _Builder(model)
+    fed: dict[Key, tuple[str, str, str]] = {}
+    errors: dict[Key, list[tuple[str, str]]] = {}
+    for key, members in groups.items():
+        scale, low, high = (build.feed(f"twin_{what}") for what in ("scale", "low", "high"))
+        fed[key] = (scale.name, low.name, high.name)
+        rounded = {name: build.rounded(build.tensors[name], scale, low, high) for name, _ in members}
+        for reader in dict.fromkeys(r for _, readers in members for r in readers):
+            node = build.nodes.get(reader)
+            if node is None or subgraphs(node) or node.op in ("Shape", "Size"):
+                continue
+            found = build.copy(node, [rounded.get(t.name, t) if t.name else t for t in node.inputs])
+            size = build.add("ReduceSumSquare", [node.outputs[0]], keepdims=0)
+            off = build.add("ReduceSumSquare", [build.add("Sub", [found, node.outputs[0]])], keepdims=0)
+            errors.setdefault(key, []).append((build.give(off), build.give(size)))
+    if not build.wanted:
+        return {key: next(iter(choices)) for key in groups}
+    runner = Runner(build.model, build.wanted)
+    losses: dict[Key, dict[str, float]] = {key: {} for key in groups}
+    for name, codes in choices.items():
+        bounds: dict[str, Array] = {}
+        for key, names in fed.items():
+            one = codes[key]
+            values = (one.scale, one.scheme.low - one.zero_point, one.scheme.high - one.zero_point)
+            bounds.update((n, np.asarray(v, np.float32)) for n, v in zip(names, values, strict=True))
+        sums = dict.fromkeys(build.wanted, 0.0)
+        for feeds in data.feeds(32):
+            for output, value in runner.run({**feeds, **bounds}).items():
+                sums[output] += float(value)
+        for key, pairs in errors.items():
+            losses[key][name] = sum(sums[off] / max(sums[size], 1e-30) for off, size in pairs)
+    first = next(iter(choices))
+    return {key: min(found, key=lambda n: found[n]) if found else first for key, found in losses.items()}
+
+
+def judge(model: Model, twins: Mapping[str, Twin], data: Data) -> tuple[dict[str, Array], dict[str, float]]:
+    """By name of the node: the mean error of each output channel (axis 1), and the share of the output's power that is error."""
+    build = _Builder(model)
+    names: dict[str, tuple[str, str, str, str]] = {}
+    for name, twin in twins.items():
+        node = build.nodes[name]
+        one = twin.codes
+        bounds = (one.scale, one.scheme.low - one.zero_point, one.scheme.high - one.zero_point)
+        operands = list(node.inputs)
+        operands[0] = build.rounded(operands[0], *map(build.scalar, bounds))
+        if twin.weight is not None:
+            operands[1] = build.edit.constant("twin_weight", twin.weight)
+        off = build.add("Sub", [build.copy(node, operands), node.outputs[0]])
+        rank = len(node.inputs[1].shape)
+        axes = [i for i in range(rank) if i != 1] if node.op == "Conv" else [0]
+        total = build.add("ReduceSum", [off, build.edit.constant("twin_axes", np.array(axes, np.int64))], keepdims=0)
+        error = build.add("ReduceSumSquare", [off], keepdims=0)
+        size = build.add("ReduceSumSquare", [node.outputs[0]], keepdims=0)
+        count = Variable(build.edit.fresh_name("twin"), np.dtype(np.int64))
+        build.model.graph.nodes.append(Node("Size", build.edit.fresh_name("twin_node"), {}, [off], [count]))
+        found = (build.give(total), build.give(error), build.give(size), build.give(count))
+        names[name] = found
+    runner = Runner(build.model, build.wanted)
+    sums: dict[str, Any] = dict.fromkeys(build.wanted, 0.0)
+    for feeds in data.feeds(32):
+        for output, value in runner.run(feeds).items():
+            sums[output] = sums[output] + np.asarray(value, np.float64)
+    means: dict[str, Array] = {}
+    shares: dict[str, float] = {}
+    for name, (a, b, c, d) in names.items():
+        channels = np.asarray(sums[a])
+        means[name] = channels / max(float(sums[d]) / max(channels.shape[-1] if channels.ndim else 1, 1), 1)
+        shares[name] = float(sums[b]) / max(float(sums[c]), 1e-30)
+    return means, shares

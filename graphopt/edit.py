@@ -25,7 +25,6 @@ class Editor:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.fresh_name = fresh_names(model)
         self._graph_of: dict[int, Graph] = {}
         self._output_of: dict[int, Graph] = {}
         self._inputs: set[int] = set()
@@ -37,6 +36,11 @@ class Editor:
             self._inputs.update(id(t) for t in graph.inputs)
             self._output_of.update((id(t), graph) for t in graph.outputs)
             self._graph_of.update((id(node), graph) for node in graph.nodes)
+
+    @functools.cached_property
+    def fresh_name(self) -> Callable[[str], str]:
+        """Turns a wish into a name that the model does not use; all names are collected when the first is asked for."""
+        return fresh_names(self.model)
 
     # ------------------------------------------------------------------------------------------------ questions
 

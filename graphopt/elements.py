@@ -258,6 +258,8 @@ def subgraphs(node: gs.Node) -> list[Graph]:
     """The bodies of a control-flow node, in attribute order."""
     found: list[Graph] = []
     for value in node.attrs.values():
+        if type(value) is int or type(value) is float or type(value) is str:
+            continue  # nearly all attributes; this runs for every node in every walk
         if isinstance(value, gs.Graph):
             found.append(value)
         elif isinstance(value, list):

@@ -11,7 +11,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,10 @@ class Statistics(_Silent):
 
     def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
         """Count what is left."""
-        self.history.append(census(step.pass_name(), model))
+        if rewrites:
+            self.history.append(census(step.pass_name(), model))
+        else:
+            self.history.append(replace(self.history[-1], pass_name=step.pass_name()))
 
 
 def census(name: str, model: Model) -> Census:

@@ -98,6 +98,7 @@ class Pass:
     """
 
     exactness: ClassVar[Exactness] = Exactness.EXACT
+    ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
 
     def run(self, model: Model, ctx: Context) -> int:
         """Rewrite `model` in place; returns the number of rewrites."""

@@ -177,6 +177,9 @@ class _Run:
         self.reports: list[StepReport] = []
         self.stops: list[str] = []
         self.signature: Signature | None = None  # of the model as it is now
+        self.operators: frozenset[str] | None = None  # of the model as it is now
+        self.changes = 0
+        self.idle: dict[Pass, int] = {}  # the number of changes after which a pass found nothing to do
 
     def pipeline(self, pipeline: Pipeline) -> Result:
         self.ctx.analyses.clear()  # a context may have seen another model
@@ -208,26 +211,44 @@ class _Run:
         self.stops.append(f"{step}: stopped at the cap of {_FIXPOINT_CAP} rounds, still changing")
         return total
 
+    def is_idle(self, step: Pass) -> bool:
+        """Whether `step` did nothing on the model as it is, or can do nothing for want of its operators."""
+        if self.idle.get(step) == self.changes:
+            return True
+        if step.ops is None:
+            return False
+        if self.operators is None:
+            self.operators = frozenset(node.op for node in self.model.nodes())
+        return step.ops.isdisjoint(self.operators)
+
+    def rewrite(self, step: Pass) -> int:
+        """Run `step` and hold it to its count."""
+        before = self.signature or Signature(self.model)
+        self.signature = None
+        rewrites = step.run(self.model, self.ctx)
+        changed = before != Signature(self.model)
+        if changed != (rewrites > 0):
+            did = "changed the graph" if changed else "left the graph as it was"
+            raise PassError(
+                f"{step.pass_name()} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
+            )
+        if rewrites:
+            self.changes += 1
+            self.operators = None
+            self.ctx.analyses.clear()
+            cleanup(self.model)
+        else:
+            self.signature = before
+            self.idle[step] = self.changes
+        return rewrites
+
     def one_pass(self, step: Pass, round_number: int) -> int:
         name = step.pass_name()
         self.ctx.running = name
-        before = self.signature or Signature(self.model)
-        self.signature = None
         try:
             for instrument in self.instruments:
                 instrument.before_pass(step, self.model, self.ctx)
-            rewrites = step.run(self.model, self.ctx)
-            changed = before != Signature(self.model)
-            if changed != (rewrites > 0):
-                did = "changed the graph" if changed else "left the graph as it was"
-                raise PassError(
-                    f"{name} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
-                )
-            if rewrites:
-                self.ctx.analyses.clear()
-                cleanup(self.model)
-            else:
-                self.signature = before
+            rewrites = 0 if self.is_idle(step) else self.rewrite(step)
             for instrument in self.instruments:
                 instrument.after_pass(step, self.model, self.ctx, rewrites)
         except Exception as error:

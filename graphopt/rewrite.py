@@ -129,6 +129,11 @@ class RewritePass(Pass):
 
     pattern: ClassVar[Op]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "pattern" in vars(cls):
+            cls.ops = frozenset(cls.pattern.ops)
+
     def check(self, match: Match, model: Model) -> str | None:
         """None when the match may be rewritten, else the reason why not."""
         return None

@@ -7,7 +7,7 @@ Zero biases of Conv and Gemm are not dropped here: ``-0.0 + 0.0`` is ``0.0``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -40,6 +40,8 @@ class DropDefaultOperands(Pass):
          float[1,12,3] r = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7,8,9}>
         { y = LSTM <hidden_size = 3> (x, w, r) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"LSTM", "GRU", "RNN"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of operands dropped."""

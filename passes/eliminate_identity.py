@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphopt.edit import Editor
 from graphopt.ir import Model
@@ -27,6 +28,8 @@ class EliminateIdentity(Pass):
         { a = Relu (x)
           y = Neg (a) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Identity"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes removed."""

@@ -38,6 +38,7 @@ class FuseBnAffine(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"BatchNormalization"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of operators folded."""

@@ -39,6 +39,7 @@ class FuseConvScale(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Conv", "ConvTranspose"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of factors folded."""

@@ -36,6 +36,7 @@ class FuseGemmBn(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"BatchNormalization"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of normalizations folded."""

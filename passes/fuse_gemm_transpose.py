@@ -25,6 +25,7 @@ class FuseGemmTranspose(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of operands whose Transpose was folded."""

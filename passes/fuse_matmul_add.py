@@ -27,6 +27,7 @@ class FuseMatmulAdd(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of pairs fused."""

@@ -31,6 +31,7 @@ class FusePad(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Pad"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of Pads folded."""

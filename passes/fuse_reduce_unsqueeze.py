@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphopt.analyses.shape_rules import Shape
 from graphopt.analyses.shapes import Shapes
@@ -31,6 +32,8 @@ class FuseReduceUnsqueeze(Pass):
         { u = ReduceMean <keepdims = 1> (x, axes)
           y = Exp (u) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Flatten"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of reshapes folded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,6 +28,8 @@ class FuseSliceSqueeze(Pass):
         <int64 one = {1}>
         { y = Gather <axis = 0> (x, one) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Slice", "Split"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Slices and Splits replaced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
@@ -28,6 +29,8 @@ class LowerCastLike(Pass):
           c = Cast <to = 1> (r)
           y = Neg (c) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"CastLike"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes lowered."""

@@ -9,7 +9,7 @@ which saturate by attribute.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -44,6 +44,8 @@ class MergeCasts(Pass):
         { y = Cast <to = 10> (x)
           z = Add (x, x) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Cast"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of Casts that skip the one before."""

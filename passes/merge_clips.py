@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -36,6 +36,8 @@ class MergeClips(Pass):
         { b = Clip (x, low, high)
           y = Exp (b) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Relu", "Clip"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of links removed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -31,6 +31,8 @@ class MergeConcats(Pass):
         { r = Relu (x)
           y = Concat <axis = 0> (z, r, x, z) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Concat"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of rewrites."""

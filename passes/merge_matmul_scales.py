@@ -32,6 +32,7 @@ class MergeMatmulScales(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of factors merged."""

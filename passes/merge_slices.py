@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class MergeSlices(Pass):
           b = Slice (r, start, end, axis, step)
           y = Exp (b) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Slice"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs merged."""

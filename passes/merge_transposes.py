@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphopt.analyses.layouts import compose, identity, permutation
 from graphopt.analyses.shapes import Shapes
@@ -30,6 +31,8 @@ class MergeTransposes(Pass):
           y = Relu (b)
           z = Relu (x) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """Sweep until nothing changes: a pair that cancels may free the first of another; returns the number of pairs."""

@@ -8,6 +8,7 @@ sake: only where fewer Transposes are left (graphopt/relayout.py says how that i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from graphopt.ir import Model
 from graphopt.pass_base import Context, Pass
@@ -35,6 +36,8 @@ class SinkTransposes(Pass):
           c = Relu (b)
           y = Conv <pads = [1, 1, 1, 1]> (c, w) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """Choose layouts until nothing improves; returns the number of regions rewritten."""

@@ -28,6 +28,7 @@ class SinkTransposesThroughSums(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """Choose layouts until nothing improves; returns the number of regions rewritten."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,6 +28,8 @@ class SplitSlices(Pass):
         <int64[2] sizes = {2, 4}>
         { y, z = Split <axis = 1> (x, sizes) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Slice"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Splits made."""

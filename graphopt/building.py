@@ -209,7 +209,7 @@ def _prove(request: Request, target: Target, result: Result) -> dict[str, Any]:
     loose = {p.pass_name(): p.exactness for p in request.pipeline.passes if p.exactness is not Exactness.EXACT}
     rewrites = sum(s.rewrites for s in result.steps if s.pass_name in loose)
     exactness = request.pipeline.exactness if rewrites else Exactness.EXACT
-    allowed = equivalence.tolerance(exactness, rewrites, [s.dtype for s in request.model.outputs if s.dtype])
+    allowed = equivalence.tolerance(exactness, rewrites, equivalence.float_types(request.model))
     feeds, shapes = request.feeds, request.options.shapes
     if feeds is None and _values(request.model, shapes):
         feeds = list(samples(request.model, request.seed, shapes))

@@ -448,6 +448,16 @@ def opt(
     remarks: Annotated[bool, typer.Option("--remarks", help="Show what was left alone, and why.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the model after each pass.")] = None,
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(metavar="TENSOR", help="Make a tensor an output too.")] = None,
+    extract: Annotated[
+        str | None, typer.Option(metavar="A[,A2]:B[,B2]", help="Only what computes B from A; ':B' keeps the inputs.")
+    ] = None,
+    set_shape: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT=SHAPE", help="Declare an input anew, as x=Nx3x224x224.")
+    ] = None,
+    rename_dim: Annotated[
+        list[str] | None, typer.Option(metavar="OLD=NEW", help="Rename a symbolic dimension, or fix it to a number.")
+    ] = None,
     report: ReportFile = None,
 ) -> None:
     """Run passes alone: ONNX in, ONNX out."""
@@ -466,6 +476,7 @@ def opt(
     loaded = _load(model)
     verify.cycles(loaded)
     verify.operators(loaded, allow_domain or ())
+    _change_interface(loaded, keep or (), extract, set_shape or (), rename_dim or ())
     feeds = _arrays(data, loaded.inputs)
     for sample in feeds or ():
         equivalence.check_feeds(loaded.inputs, sample)
@@ -532,6 +543,54 @@ def opt(
 def _to_stdout(data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
+
+
+def _change_interface(
+    model: Model, keep: Sequence[str], extract: str | None, set_shape: Sequence[str], rename_dim: Sequence[str]
+) -> None:
+    """Apply --rename-dim, --set-shape, --extract and --keep, in this order."""
+    from graphopt import interface
+
+    for text in rename_dim:
+        old, separator, new = text.partition("=")
+        if not separator or not old or not new:
+            raise UsageError(f"--rename-dim {text!r}: expected OLD=NEW, as in N=batch or N=1")
+        interface.rename_dim(model, old, int(new) if new.isdigit() else new)
+    for text in set_shape:
+        name, separator, dims = text.rpartition("=")
+        if not separator or not name:
+            raise UsageError(f"--set-shape {text!r}: expected INPUT=SHAPE, as in x=Nx3x224x224")
+        interface.set_shape(model, name, [int(d) if d.isdigit() else d for d in dims.split("x")] if dims else [])
+    if extract is not None:
+        first, separator, last = extract.partition(":")
+        if not separator or not last:
+            raise UsageError(f"--extract {extract!r}: expected A:B, names of tensors joined by commas on each side")
+        interface.extract(model, [n for n in first.split(",") if n], last.split(","))
+    interface.keep(model, keep)
+
+
+@app.command()
+def explain(
+    model: ModelFile,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="A node, or a tensor that it computes.")],
+    passes: PipelineText = None,
+    level: Level = None,
+) -> None:
+    """Say what became of a node, and why no pass did more."""
+    from graphopt import verify
+    from graphopt.explain import explain as explained
+
+    loaded = _load(model)
+    verify.cycles(loaded)
+    found = explained(loaded, node, _pipeline(passes, level, "default"))
+    out.print(f"{found.node!r} ({found.op}): {found.fate}", markup=False, soft_wrap=True)
+    table = Table("pass", "why it did not do more")
+    for finding in found.findings:
+        table.add_row(finding.pass_name, escape(finding.text))
+    if found.findings:
+        out.print(table)
+    else:
+        out.print("no pass came near it")
 
 
 @app.command()
@@ -616,7 +675,17 @@ def inspect(
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     table = Table(show_header=False, title=escape(model), title_justify="left")
-    for key in ("producer", "ir_version", "opsets", "nodes", "parameters", "weight_bytes", "dynamic_dims", "functions"):
+    for key in (
+        "producer",
+        "ir_version",
+        "opsets",
+        "nodes",
+        "parameters",
+        "macs",
+        "weight_bytes",
+        "dynamic_dims",
+        "functions",
+    ):
         value = facts[key]
         shown = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         shown = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from graphopt.analyses.macs import macs
 from graphopt.instruments import census
 from graphopt.ir import Model, TensorSpec
 
@@ -23,6 +24,7 @@ def summary(model: Model) -> dict[str, Any]:
         "nodes": counted.nodes,
         "operators": dict(sorted(counted.operators.items(), key=lambda item: (-item[1], item[0]))),
         "parameters": sum(math.prod(c.shape) for c in constants),
+        "macs": str(macs(model)[0]),
         "weight_bytes": counted.initializer_bytes,
         "functions": [f"{f.carried.domain}.{f.carried.name}" for f in model.functions],
         "dynamic_dims": list(dims),

@@ -86,32 +86,40 @@ def _drop_empty(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Contex
 
 
 def _flatten(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, opset: int) -> int:
-    """Operands that are Concats along the same axis, read here alone, are replaced by theirs; -1 as above."""
-    merged = 0
+    """Operands that are Concats along the same axis, read here alone, are replaced by theirs, all levels at once."""
+    reader = edit.sole_consumer(node.outputs[0])
+    if reader is not None and _joins(node, reader, axis, shapes, edit):
+        return 0  # the reader takes it in, so that a chain is copied once
     operands: list[gs.Tensor] = []
-    stopped = False
     gone: list[Node] = []
-    for tensor in node.inputs:
+    pending = list(node.inputs)[::-1]
+    stopped = False
+    while pending:
+        tensor = pending.pop()
         inner = edit.producer(tensor)
-        fits = inner is not None and inner.op == "Concat" and inner.is_onnx and _axis(inner, shapes) == axis
-        if inner is None or not fits or stopped:
+        if stopped or inner is None or not _joins(inner, node, axis, shapes, edit):
             operands.append(tensor)
-        elif edit.sole_consumer(tensor) is not node or edit.graph_of(inner) is not edit.graph_of(node):
+        elif edit.sole_consumer(tensor) is None:
             ctx.remark(node, f"{tensor.name!r} is read by others too")
             operands.append(tensor)
         elif not ctx.admit():
             stopped = True
             operands.append(tensor)
         else:
-            operands.extend(inner.inputs)
+            pending.extend(list(inner.inputs)[::-1])
             gone.append(inner)
-            merged += 1
-    if merged:
+    if gone:
         _replace_inputs(node, operands)
         node.origin = tuple(dict.fromkeys(name for n in [*gone, node] for name in (n.origin or (n.name,))))
         for inner in gone:
             edit.erase(inner)
-    return merged
+    return len(gone)
+
+
+def _joins(inner: Node, outer: Node, axis: int, shapes: Shapes, edit: Editor) -> bool:
+    """Whether both are Concats along `axis`, in one graph."""
+    kinds = all(n.op == "Concat" and n.is_onnx and _axis(n, shapes) == axis for n in (inner, outer))
+    return kinds and edit.graph_of(inner) is edit.graph_of(outer)
 
 
 def _rejoin(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, opset: int) -> int:

@@ -12,6 +12,7 @@ input has one dimension less, each sample is fed alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import sys
@@ -37,6 +38,11 @@ class Data(ABC):
 
     name: str  # for messages
     count: int | None  # samples, where known without reading them all
+
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was computed from these samples, kept for the next pass that asks (keyed by the model, too)."""
+        return {}
 
     @abstractmethod
     def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
@@ -152,14 +158,14 @@ class ArrayData(Data):
         self.count = next(iter(counts.values()), 0)
         if not self.count:
             raise UsageError(f"{name} holds no samples")
-        self._single = False
-        self._group: int | None = None
-        for n, member in self._members.items():
-            self._check(wanted[n], member)
+        firsts = [self._check(wanted[n], member) for n, member in self._members.items()]
+        self._single = -1 in firsts  # each sample alone, without the first axis
+        self._group = max((f for f in firsts if f > 0), default=None)  # samples of one call, where the model fixes them
         if self._group is not None and self.count < self._group:
             raise UsageError(f"{name} holds {self.count} samples, the model takes {self._group} at once")
 
-    def _check(self, spec: TensorSpec, member: _Member) -> None:
+    def _check(self, spec: TensorSpec, member: _Member) -> int:
+        """The model's fixed number of samples, 0 where it is free, -1 where its input has no axis for them."""
         where = f"{self.name}: input {spec.name!r}"
         if spec.dtype is not None and dtype_name(member.dtype) != spec.dtype:
             hint = " (scale and normalise the images as the model expects)" if member.dtype == np.uint8 else ""
@@ -167,16 +173,16 @@ class ArrayData(Data):
                 f"{where} is {dtype_name(member.dtype)}, the model takes {spec}; convert it with .astype{hint}"
             )
         if spec.shape is None:
-            return
+            return 0
+        found = 0
         rank = len(member.shape)
         if rank == len(spec.shape) + 1:
             dims: Sequence[int | str | None] = spec.shape
-            self._single = True
+            found = -1
         elif rank == len(spec.shape):
             dims = spec.shape[1:]
             first = spec.shape[0] if spec.shape else None
-            if isinstance(first, int):
-                self._group = first if self._group is None else max(first, self._group)
+            found = first if isinstance(first, int) else 0
         else:
             raise UsageError(
                 f"{where} has shape {list(member.shape)}, the model takes {spec}: samples lie on the first axis"
@@ -184,6 +190,7 @@ class ArrayData(Data):
         for have, dim in zip(member.shape[1:], dims, strict=True):
             if isinstance(dim, int) and dim != have:
                 raise UsageError(f"{where} has samples of shape {list(member.shape[1:])}, the model takes {spec}")
+        return found
 
     def feeds(self, batch: int = 1, limit: int | None = None) -> Iterator[Arrays]:
         """Up to `batch` samples at once; where the model fixes the number, that many, and what is left over is not fed."""

@@ -176,10 +176,11 @@ class _Run:
             if missing:
                 self.ctx.remark(None, "no calibration data: only tensors with a known range get codes; give --data")
             return missing
-        names = [c.tensor.name for c in plan.codes if c.tensor.name not in self.statistics]
         limit = self.options.samples
         if limit is not None and data.count is not None and data.count < limit:
             raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")
+        self.statistics = data.memo.setdefault((self.model.fingerprint(), limit), {})
+        names = [c.tensor.name for c in plan.codes if c.tensor.name not in self.statistics]
         self.statistics.update(calibration.calibrate(self.model, names, data, limit=limit))
         return []
 

@@ -112,8 +112,8 @@ class Case:
     name: str
     pipeline: str
     before: str
-    after: str | None  # None: unchanged
-    remark: str | None
+    after: str | None = None  # None: unchanged
+    remark: str | None = None
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")

@@ -133,6 +133,6 @@ def test_explain_tells_what_became_of_a_node() -> None:
 
 
 def test_explain_of_an_unknown_node_names_the_nearest() -> None:
+    model = ir.load(models.path("resnet.legacy"))
     with pytest.raises(UsageError, match="did you mean"):
-        model = ir.load(models.path("resnet.legacy"))
         explain(model, f"{model.graph.nodes[0].name}x", Pipeline.parse("O2"))

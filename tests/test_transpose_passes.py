@@ -6,7 +6,6 @@ The text cases are in tests/cases/merge-transposes.txt, sink-transposes.txt and 
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt import equivalence, ir
+from graphopt import ir
 from graphopt.analyses import layouts
 from graphopt.analyses.min_cut import MinCut
 from graphopt.evaluate import Evaluator

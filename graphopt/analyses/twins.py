@@ -7,7 +7,7 @@ the runtime. Scales come in as inputs, so trying another range compiles nothing 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.calibration import Runner
 from graphopt.analyses.ranges import Affine
 from graphopt.data import Data
-from graphopt.edit import Editor
+from graphopt.edit import Editor, sort
 from graphopt.ir import Model, Node, Variable, subgraphs
 
 Array = np.ndarray[Any, Any]
@@ -168,3 +168,50 @@ def judge(model: Model, twins: Mapping[str, Twin], data: Data) -> tuple[dict[str
         means[name] = channels / max(float(sums[d]) / max(channels.shape[-1] if channels.ndim else 1, 1), 1)
         shares[name] = float(sums[b]) / max(float(sums[c]), 1e-30)
     return means, shares
+
+
+class Switches:
+    """The float model with a switch for each quantized operator: any set of them rounded, in one session."""
+
+    def __init__(self, model: Model, twins: Mapping[str, Twin]) -> None:
+        """`twins` by name of their nodes in the root graph.
+
+        Raises:
+            UnsupportedModel: ONNX Runtime refuses the model.
+        """
+        build = _Builder(model)
+        self.outputs = [t.name for t in build.model.graph.outputs]
+        self._flags: dict[str, str] = {}
+        renamed: dict[str, str] = {}
+        for name, twin in twins.items():
+            node = build.nodes[name]
+            one = twin.codes
+            bounds = (one.scale, one.scheme.low - one.zero_point, one.scheme.high - one.zero_point)
+            operands = list(node.inputs)
+            operands[0] = build.rounded(operands[0], *map(build.scalar, bounds))
+            if twin.weight is not None:
+                operands[1] = build.edit.constant("twin_weight", twin.weight)
+            rounded = build.copy(node, operands)
+            flag = Variable(build.edit.fresh_name("twin_flag"), np.dtype(bool), ())
+            build.model.graph.inputs.append(flag)
+            self._flags[name] = flag.name
+            old = node.outputs[0]
+            chosen = Variable(build.edit.fresh_name("twin"), _FLOAT)
+            readers = [n for n in old.outputs if n is not node]
+            for reader in readers:
+                for index, operand in enumerate(reader.inputs):
+                    if operand is old:
+                        reader.inputs[index] = chosen
+            switch = Node("Where", build.edit.fresh_name("twin_node"), {}, [flag, rounded, old], [chosen])
+            build.model.graph.nodes.append(switch)
+            renamed[old.name] = chosen.name
+        for graph in build.model.graphs():
+            sort(graph)
+        self._wanted = [renamed.get(name, name) for name in self.outputs]
+        self._runner = Runner(build.model, self._wanted)
+
+    def run(self, feeds: Mapping[str, Array], on: Collection[str]) -> dict[str, Array]:
+        """The model's outputs with the operators named in `on` rounded."""
+        flags = {flag: np.asarray(name in on) for name, flag in self._flags.items()}
+        values = self._runner.run({**feeds, **flags})
+        return {name: values[wanted] for name, wanted in zip(self.outputs, self._wanted, strict=True)}

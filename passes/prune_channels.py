@@ -1,0 +1,250 @@
+"""Structured pruning: whole channels go, everywhere at once, and what reads them is fitted to the original again.
+
+1. Channel groups (analyses/channel_groups): which indices of which weights have to go together.
+2. Error curves (analyses/importance): for each family of groups, in which order channels go and what error that leaves.
+3. Allocation (analyses/allocation): how many channels each family loses, by damage measured at the model's outputs.
+4. Slicing: weights, group counts, shape constants.
+5. Repair (analyses/repair): ridge least squares of every layer behind a cut, without labels.
+
+Steps 2 to 5 need samples; without any, squared norms of weights decide and nothing is repaired.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+
+from graphopt.analyses import allocation, importance, repair
+from graphopt.analyses.channel_groups import ChannelGroups, Group, Kept, channel_groups
+from graphopt.edit import Editor, cleanup
+from graphopt.errors import UsageError, UserError
+from graphopt.ir import Model
+from graphopt.pass_base import Context, Exactness, Pass
+
+_MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
+_MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
+_BATCH: Final = 32
+_RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
+
+Places = dict[str, list["np.ndarray[Any, Any] | None"]]
+
+
+@dataclass(frozen=True)
+class PruneChannels(Pass):
+    """Remove the channels that matter least, and repair the layers behind them from samples without labels.
+
+    `ratio` is of the multiply-accumulates (or parameters) that the model had before it was first pruned, so a second run
+    finds nothing left to do.
+
+    Before:
+        g (float[1,2,1,1] x) => (float[1,2,1,1] y)
+        <float[2,2,1,1] w = {1, 2, 3, 4}, float[2] b = {5, 6}, float[2,2,1,1] v = {1, 0, 2, 0}>
+        { c = Conv (x, w, b)
+          r = Relu (c)
+          y = Conv (r, v) }
+    After:
+        g (float[1,2,1,1] x) => (float[1,2,1,1] y)
+        <float[1,2,1,1] w = {1, 2}, float[1] b = {5}, float[2,1,1,1] v = {1, 2}>
+        { c = Conv (x, w, b)
+          r = Relu (c)
+          y = Conv (r, v) }
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
+    ratio: float = 0.3  # share of the cost to remove, 0 to 1
+    target: Literal["macs", "params"] = "macs"  # the cost: multiply-accumulates of a sample, or parameters
+    importance: Literal["obs", "activation", "l1", "l2", "median", "random"] = "obs"  # who goes first
+    align: int | None = 1  # kept widths are multiples of this where they were; none: what the target's hardware wants
+    keep: float = 0.1  # least share of each group's channels that stays
+    exclude: tuple[str, ...] = ()  # globs of weights and nodes whose channels stay
+    rounds: int = 1  # cuts, each followed by a repair
+    repair: bool = True  # fit what is left to the original
+    samples: int = 1024  # most that are read
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "keep"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a share between 0 and 1, as in {name}=0.3")
+        if self.rounds < 1 or self.samples < 1 or (self.align is not None and self.align < 1):
+            raise ValueError("rounds, samples and align are 1 at least")
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Prune in rounds; returns the number of channel classes (or balanced sets of them) removed."""
+        groups = channel_groups(model)
+        full = self._recorded(model, groups)
+        if groups.cost_model(self.target).total() <= full * (1 - self.ratio) * 1.001:
+            return 0
+        self._require_prunable(groups)
+        feeds = _feeds(ctx, self.samples)
+        if not feeds:
+            ctx.remark(None, "no calibration data: norms of weights decide, and nothing is repaired")
+        original, places = model.clone(), Places()
+        before = groups.cost_model("macs").total(), groups.cost_model("params").total()
+        widths: dict[str, tuple[int, int]] = {}
+        removed = 0
+        start = groups.cost_model(self.target).total()
+        fits: list[repair.Fit] = []
+        plain = math.nan
+        for number in range(self.rounds):
+            if number:
+                groups = channel_groups(model)
+            goal = start * (full * (1 - self.ratio) / start) ** ((number + 1) / self.rounds)
+            steps = self._cut(groups, feeds, goal, ctx)
+            admitted = [step for step in steps if ctx.admit()]
+            if not admitted:
+                break
+            removed += len(admitted)
+            gone = {c for step in admitted for c in step}
+            for group in groups.groups:
+                first, last = widths.get(group.name, (group.width, group.width))
+                widths[group.name] = first, last - len(gone.intersection(group.classes))
+            self._slice(model, groups, gone, places)
+            if feeds and self.repair:
+                if number == self.rounds - 1:
+                    plain = _distance(original, model, feeds)
+                fits = repair.repair(original, model, places, feeds, ctx.evaluate, seed=ctx.seed)
+                cleanup(model)
+        if not removed:
+            return 0
+        self._record(model, full)
+        self._report(ctx, model, original, before, widths, fits, feeds, plain)
+        return removed
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def _require_prunable(self, groups: ChannelGroups) -> None:
+        if self._free(groups):
+            return
+        reasons = groups.blocked()[:5]
+        told = "; ".join(reasons) if reasons else "no Conv, Gemm or MatMul reads what another one computes"
+        raise UserError(f"prune-channels: no channel of this model can be removed: {told}")
+
+    def _free(self, groups: ChannelGroups) -> list[Group]:
+        return [g for g in groups.groups if g.width > 1 and not self._excluded(g)]
+
+    def _excluded(self, group: Group) -> bool:
+        names = [group.name, *(name for name, _, _ in group.sites), *group.consumers]
+        return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
+
+    def _cut(self, groups: ChannelGroups, feeds: repair.Feeds, goal: float, ctx: Context) -> list[tuple[int, ...]]:
+        """The classes to remove, in the sets in which they go."""
+        free = {id(g) for g in self._free(groups)}
+        readers = importance.sites(groups, feeds, ctx.evaluate, ctx.seed)
+        most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
+        curves = []
+        for family in importance.families(groups):
+            classes = set(family.classes)
+            mine = [site for site in readers if classes.intersection(site.owner.tolist())]
+            limits = {g: most[g] for g in family.groups}
+            if not any(limits.values()):
+                continue
+            marks = _MEASURED if feeds else ()
+            selector = importance.SELECTORS[self.importance]
+            curves.append(importance.curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
+        points = (
+            allocation.measure(groups, curves, self._some(groups, curves, feeds)) if feeds else [[] for _ in curves]
+        )
+        costs = [allocation.damages(curve, found) for curve, found in zip(curves, points, strict=True)]
+        now = groups.cost_model(self.target).total()
+        align = self.align if self.align is not None else ctx.target.traits.channel_alignment if ctx.target else 1
+
+        def allowed(index: int, position: int) -> bool:
+            return align == 1 or _aligned(curves[index], position, align)
+
+        taken, left = allocation.allocate(groups, curves, costs, goal / now, what=self.target, allowed=allowed)
+        if left > goal / now * 1.001:
+            reach = 1 - left * now / (goal / (1 - self.ratio)) if self.rounds == 1 else 1 - left
+            raise UserError(
+                f"prune-channels: {reach:.1%} of the {self.target} at most can be removed, {self.ratio:.1%} was asked for: "
+                "lower ratio, keep or align, or exclude less"
+                + "".join(f"; {reason}" for reason in groups.blocked()[:3])
+            )
+        return [step for curve, position in zip(curves, taken, strict=True) for step in curve.steps[:position]]
+
+    def _some(self, groups: ChannelGroups, curves: Sequence[importance.Curve], feeds: repair.Feeds) -> repair.Feeds:
+        """As many samples as can be measured on in bounded time."""
+        runs = sum(len(curve.weights) for curve in curves) + 1
+        size = max(1, len(next(iter(feeds[0].values()))) if next(iter(feeds[0].values())).ndim else 1)
+        samples = _MEASURING / max(1.0, runs * groups.cost_model("macs").total())
+        return feeds[: max(1, math.floor(samples / size))]
+
+    def _slice(self, model: Model, groups: ChannelGroups, gone: set[int], places: Places) -> None:
+        kept = Kept(groups, gone)
+        for node in model.graph.nodes:
+            for tensor in node.outputs:
+                labels = groups.labels(tensor) or ()
+                if not any(atoms is not None for atoms in labels):
+                    continue
+                old = places.get(tensor.name, [None] * len(labels))
+                new = [None if atoms is None else kept.indices(atoms) for atoms in labels]
+                places[tensor.name] = [n if o is None or n is None else o[n] for o, n in zip(old, new, strict=True)]
+        edit = Editor(model)
+        groups.apply(gone, edit)
+        edit.commit()
+        cleanup(model)
+
+    # ------------------------------------------------------------------------------------------------------ report
+
+    def _recorded(self, model: Model, groups: ChannelGroups) -> float:
+        for entry in model.carried.metadata_props:
+            if entry.key == f"{_RECORD}.{self.target}":
+                try:
+                    return float(entry.value)
+                except ValueError:
+                    raise UsageError(f"prune-channels: metadata {entry.key!r} is no number; remove it") from None
+        return groups.cost_model(self.target).total()
+
+    def _record(self, model: Model, full: float) -> None:
+        if not any(entry.key == f"{_RECORD}.{self.target}" for entry in model.carried.metadata_props):
+            model.carried.metadata_props.add(key=f"{_RECORD}.{self.target}", value=repr(full))
+
+    def _report(
+        self,
+        ctx: Context,
+        model: Model,
+        original: Model,
+        before: tuple[float, float],
+        widths: dict[str, tuple[int, int]],
+        fits: Sequence[repair.Fit],
+        feeds: repair.Feeds,
+        plain: float,
+    ) -> None:
+        for name, (first, last) in widths.items():
+            if first != last:
+                ctx.remark(None, f"{name}: {first} -> {last} channels")
+        groups = channel_groups(model)
+        macs, params = groups.cost_model("macs").total(), groups.cost_model("params").total()
+        ctx.remark(
+            None,
+            f"{before[0]:.0f} -> {macs:.0f} multiply-accumulates ({macs / before[0] - 1:+.1%}), "
+            f"{before[1]:.0f} -> {params:.0f} parameters ({params / before[1] - 1:+.1%})",
+        )
+        if feeds:
+            after = _distance(original, model, feeds)
+            told = "" if math.isnan(plain) else f"{plain:.3g} before repair, "
+            ctx.remark(
+                None, f"relative squared error of the outputs: {told}{after:.3g} at the end ({len(fits)} layers fitted)"
+            )
+
+
+def _feeds(ctx: Context, most: int) -> repair.Feeds:
+    return [] if ctx.data is None else list(ctx.data.feeds(_BATCH, most))
+
+
+def _distance(original: Model, model: Model, feeds: repair.Feeds) -> float:
+    some = feeds[: max(1, 256 // _BATCH)]
+    return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
+
+
+def _aligned(curve: importance.Curve, position: int, align: int) -> bool:
+    gone = set(curve.removed(position))
+    for group in curve.family.groups:
+        lost = len(gone.intersection(group.classes))
+        if (lost if group.width % align == 0 else group.width - lost) % align and lost:
+            return False
+    return True

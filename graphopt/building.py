@@ -13,7 +13,7 @@ import numpy as np
 
 import graphopt
 from graphopt import bundle as bundles
-from graphopt import equivalence, ir, measure, verify
+from graphopt import equivalence, int8, ir, measure, verify
 from graphopt.backend import (
     Arrays,
     Artifact,
@@ -26,6 +26,7 @@ from graphopt.backend import (
     takes_values,
 )
 from graphopt.bundle import Bundle
+from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import evaluate_node
@@ -56,6 +57,8 @@ class Request:
     progress: Callable[[Target], Progress | None]
     instruments: Sequence[Instrument] = ()
     chosen: bool = True  # whether the user named the targets
+    data: Data | None = None  # calibration samples
+    int8: int8.Wish | None = None  # None: as the pipeline says
     fallbacks: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -68,6 +71,8 @@ def build(
     shapes: Mapping[str, str | ShapeRange] | None = None,
     options: BuildOptions | None = None,
     feeds: Sequence[Feeds] | Feeds | None = None,
+    data: str | Path | Data | Mapping[str, np.ndarray[Any, Any]] | None = None,
+    int8: int8.Wish | None = None,
     fallback: bool = True,
     measure: bool = False,
     seed: int = 0,
@@ -86,6 +91,8 @@ def build(
         shapes: ranges of dynamic inputs, by name, as ``"1x3x8x8:8x3x8x8:32x3x8x8"``.
         options: what to ask of the backends; `shapes` given here go on top.
         feeds: samples for the numeric proof, or one; None generates some.
+        data: calibration samples for passes that quantize (see `graphopt.data`).
+        int8: search for the best int8 model on each target, as this says; needs `data`.
         fallback: build for ONNX Runtime, saying so, where a target cannot be built.
         measure: also time the ONNX Runtime variants against the original, into the manifest (its bytes then vary).
         seed: of generated samples.
@@ -127,7 +134,11 @@ def build(
         progress,
         instruments,
         chosen=bool(targets),
+        data=None if data is None else open_data(data, loaded.inputs),
+        int8=int8,
     )
+    if int8 is not None and request.data is None:
+        raise UsageError("int8 needs calibration data: --data calib.npz (input name -> samples on the first axis)")
     wanted = [t if isinstance(t, Target) else Target.parse(t) for t in targets] if targets else _best_here(request)
     request.targets = tuple(dict.fromkeys(_CPU if t == Target("ort") else t for t in wanted))
     return _build(request)
@@ -164,6 +175,7 @@ class _Built:
     result: Result
     history: tuple[Census, ...]
     proof: dict[str, Any]
+    int8: int8.Outcome | None = None
 
 
 def _build(request: Request) -> Bundle:
@@ -192,23 +204,32 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if reason is not None:
         raise BackendUnavailable(reason)
     statistics = Statistics()
-    ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node)
-    result = request.pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments])
+    outcome, pipeline = None, request.pipeline
+    if request.int8 is not None and request.data is not None:
+        outcome = int8.search(
+            request.model, target, pipeline, request.data, wish=request.int8, seed=request.seed, say=request.say
+        )
+        pipeline = outcome.pipeline
+    ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
+    result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments])
     changed = verify.interface(request.model, result.model)
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")
-    proof = _prove(request, target, result)
+    proof = _prove(request, target, result, pipeline)
     artifact = backend.emit(result.model, target, folder, request.options, request.progress(target))
     for remark in artifact.remarks:
         request.say(f"{target}: {remark}")
-    return _Built(target, backend, artifact, result, tuple(statistics.history), proof)
+    if outcome is not None:
+        outcome.built(result, artifact.kernels)
+        request.say(f"{target}: {outcome}")
+    return _Built(target, backend, artifact, result, tuple(statistics.history), proof, outcome)
 
 
-def _prove(request: Request, target: Target, result: Result) -> dict[str, Any]:
+def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline) -> dict[str, Any]:
     """Compare the optimized model with the original, both as written."""
-    loose = {p.pass_name(): p.exactness for p in request.pipeline.passes if p.exactness is not Exactness.EXACT}
+    loose = {p.pass_name(): p.exactness for p in pipeline.passes if p.exactness is not Exactness.EXACT}
     rewrites = sum(s.rewrites for s in result.steps if s.pass_name in loose)
-    exactness = request.pipeline.exactness if rewrites else Exactness.EXACT
+    exactness = pipeline.exactness if rewrites else Exactness.EXACT
     allowed = equivalence.tolerance(exactness, rewrites, equivalence.float_types(request.model))
     feeds, shapes = request.feeds, request.options.shapes
     if feeds is None and _values(request.model, shapes):
@@ -304,6 +325,8 @@ def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
         ],
         "remarks": [*built.artifact.remarks, *map(str, built.result.remarks)],
     }
+    if built.int8 is not None:
+        entry["int8"] = built.int8.as_dict()
     if request.measure and built.target.runtime == "ort":
         entry["latency"] = _latency(request, built, folder)
     return entry

@@ -218,6 +218,40 @@ def _arrays(path: Path | None, inputs: Sequence[TensorSpec]) -> list[dict[str, A
         raise UsageError(f"{what} is damaged ({error}); write it again with np.savez") from None
 
 
+def _samples(
+    source: str | None, inputs: Sequence[TensorSpec], pipeline: Pipeline, calibrates: bool
+) -> tuple[list[dict[str, Any]] | None, Any]:
+    """What ``--data`` means: one sample of `inputs`, or, where something is to be calibrated, samples and the first of them."""
+    if source is None:
+        return None, None
+    if not calibrates and not any(p.pass_name().startswith("quantize") for p in pipeline.passes):
+        return _arrays(Path(source), inputs), None
+    from graphopt.data import open_data
+
+    data = open_data(source, inputs)
+    return [next(iter(data.feeds(1, 1)))], data
+
+
+def _int8_wish(
+    int8: bool, data: Any, labels: Path | None, metric: str | None, max_drop: float | None, gate: bool
+) -> Any:
+    """The options of ``--int8`` as one value, None without it."""
+    if not int8:
+        if labels is not None or metric is not None or max_drop is not None or not gate:
+            raise UsageError("--labels, --metric, --max-drop and --no-gate belong to --int8; add it")
+        return None
+    from graphopt.int8 import Wish, load_labels
+
+    if data is None:
+        raise UsageError("--int8 needs calibration data: --data calib.npz (input name -> samples on the first axis)")
+    if metric not in (None, "top1", "agreement"):
+        raise UsageError(f"metric {metric!r} is neither top1 nor agreement")
+    if metric == "top1" and labels is None:
+        raise UsageError("--metric top1 needs --labels; without labels agreement with the float model is the metric")
+    told = None if labels is None or metric == "agreement" else load_labels(labels, data)
+    return Wish(told, max_drop, gate)
+
+
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """An .npz file, whatever the arrays are called; strings become fixed-width, so that no pickle is needed.
 
@@ -296,7 +330,19 @@ def build(
     shape: Shapes = None,
     passes: PipelineText = None,
     level: Level = None,
-    data: DataFile = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="SAMPLES", help="One sample; or calibration samples: .npz, folder, module:callable."
+        ),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize for each target, with the samples of --data.")] = False,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="int8: class numbers of the samples.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="int8: top1 (with labels) or agreement.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(min=0.0, metavar="POINTS", help="int8: how much of the metric may be lost.")
+    ] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="int8: also layers that are slower in int8 here.")] = False,
     no_fallback: Annotated[
         bool, typer.Option("--no-fallback", help="Fail instead of building for ONNX Runtime.")
     ] = False,
@@ -355,7 +401,8 @@ def build(
         hardware_compatible=hardware_compatible,
     )
     loaded = _load(model)
-    feeds = _arrays(data, loaded.inputs)
+    feeds, samples = _samples(data, loaded.inputs, pipeline, int8)
+    wish = _int8_wish(int8, samples, labels, metric, max_drop, not no_gate)
     with _progress_bar() as progress:
         bundle = building.build(
             loaded,
@@ -364,6 +411,8 @@ def build(
             pipeline,
             options=options,
             feeds=feeds,
+            data=samples,
+            int8=wish,
             fallback=not no_fallback,
             measure=measure,
             seed=seed,
@@ -477,7 +526,7 @@ def opt(
     verify.cycles(loaded)
     verify.operators(loaded, allow_domain or ())
     _change_interface(loaded, keep or (), extract, set_shape or (), rename_dim or ())
-    feeds = _arrays(data, loaded.inputs)
+    feeds, samples = _samples(None if data is None else str(data), loaded.inputs, pipeline, False)
     for sample in feeds or ():
         equivalence.check_feeds(loaded.inputs, sample)
     timing, statistics = instruments.Timing(), instruments.Statistics()
@@ -493,7 +542,7 @@ def opt(
         print_after_change=print_after_change,
         dump=dump,
     )
-    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node), stack)
+    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node, data=samples), stack)
     if output == "-":
         _to_stdout(result.model.text().encode() if text else ir.saves(result.model))
     else:
@@ -700,6 +749,38 @@ def inspect(
     for op, count in facts["operators"].items():
         operators.add_row(op, str(count))
     out.print(operators)
+
+
+@app.command(short_help="Say what int8 costs, layer by layer.")
+def sensitivity(
+    model: ModelFile,
+    data: Annotated[str, typer.Option("--data", metavar="SAMPLES", help="Calibration samples, as for build --int8.")],
+    target: Annotated[str, typer.Option("--target", "-t", metavar="TARGET", help="Decides the codes.")] = "ort:cpu",
+    passes: PipelineText = None,
+    level: Level = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="How many samples judge.")] = 64,
+    seed: Seed = 0,
+    report: ReportFile = None,
+) -> None:
+    """Quantize each layer of the optimized MODEL alone and compare the outputs; the most sensitive layer comes first."""
+    from graphopt import int8
+    from graphopt.data import open_data
+    from graphopt.evaluate import evaluate_node
+    from graphopt.pass_base import Context
+    from graphopt.target import Target
+
+    _check_place(report)
+    pipeline = _pipeline(passes, level, "default")
+    loaded = _load(model)
+    chosen = Target.parse(target)
+    source = open_data(data, loaded.inputs)
+    optimized = pipeline.run(loaded, Context(target=chosen, seed=seed, evaluate=evaluate_node)).model
+    found = int8.sensitivity(optimized, chosen, source, seed=seed, limit=samples)
+    table = Table("layer", "operator", "outputs' SQNR, dB")
+    for one in found:
+        table.add_row(escape(one.name), one.op, f"{one.sqnr:.1f}")
+    out.print(table)
+    _write_report(report, {"target": target, "layers": [one.as_dict() for one in found]})
 
 
 @app.command(short_help="Run two models on the same inputs.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ import onnx_graphsurgeon as gs
 
 from graphopt.errors import VerifyError
 from graphopt.ir import Constant, Graph, Model, Node, Variable, _clone_graph, fresh_names, subgraphs, walk
+
+_MAX_ORIGIN = 256  # names; a chain of thousands folded one by one would carry all of them through every step
+_MANY = 64  # readers or operands from which one search for each change would be quadratic
 
 
 class Editor:
@@ -32,6 +36,8 @@ class Editor:
         self._next: dict[int, gs.Node] = {}  # inserted nodes and their anchors, chained in their new order
         self._previous: dict[int, gs.Node] = {}
         self._last_behind: dict[int, gs.Node] = {}  # by anchor, what `insert_after` put there last
+        self._crowded: dict[int, gs.Tensor] = {}  # tensors that erased nodes still count as readers of, until `commit`
+        self._operands: dict[int, dict[int, list[int]]] = {}  # nodes with many operands: where each is read
         for graph in model.graphs():
             self._inputs.update(id(t) for t in graph.inputs)
             self._output_of.update((id(t), graph) for t in graph.outputs)
@@ -110,7 +116,7 @@ class Editor:
         names: dict[str, None] = {}
         for source in [*origin] or [anchor]:
             names.update(dict.fromkeys(getattr(source, "origin", ()) or (source.name,)))
-        node.origin = tuple(names)
+        node.origin = tuple(itertools.islice(names, _MAX_ORIGIN))
         if node.name:
             node.name = self.fresh_name(node.name)
 
@@ -151,16 +157,31 @@ class Editor:
             _swap(producer.outputs, new, old)
             old, new = new, old
         for consumer in {id(n): n for n in old.outputs}.values():
-            for index, tensor in enumerate(consumer.inputs):
-                if tensor is old:  # past graphsurgeon, which searches both lists of readers for each use
-                    list.__setitem__(consumer.inputs, index, new)
-                    list.append(new.outputs, consumer)
+            for index in self._places(
+                consumer, old
+            ):  # past graphsurgeon, which searches both lists of readers for each use
+                list.__setitem__(consumer.inputs, index, new)
+                list.append(new.outputs, consumer)
         list.clear(old.outputs)
         if not isinstance(new, gs.Constant) and getattr(old, "type", "tensor_type") == getattr(
             new, "type", "tensor_type"
         ):
             new.dtype = new.dtype if new.dtype is not None else old.dtype
             new.shape = new.shape if new.shape is not None else old.shape
+
+    def _places(self, node: gs.Node, tensor: gs.Tensor) -> list[int]:
+        """Where `node` reads `tensor`; indexed for nodes with many operands, of which many may be replaced one by one."""
+        if len(node.inputs) <= _MANY:
+            return [index for index, operand in enumerate(node.inputs) if operand is tensor]
+        index_of = self._operands.get(id(node), {})
+        places = index_of.pop(id(tensor), [])
+        if not places or any(i >= len(node.inputs) or node.inputs[i] is not tensor for i in places):
+            index_of = {}
+            for index, operand in enumerate(node.inputs):
+                index_of.setdefault(id(operand), []).append(index)
+            self._operands[id(node)] = index_of
+            places = index_of.pop(id(tensor), [])
+        return places
 
     def unpack(self, anchor: gs.Node, body: Graph, arguments: Sequence[gs.Tensor] = ()) -> list[gs.Tensor]:
         """Move the nodes of `body` right ahead of `anchor`, into its graph; `arguments` take the place of the inputs of `body`.
@@ -236,20 +257,30 @@ class Editor:
         self.erase(node)
 
     def erase(self, node: gs.Node) -> None:
-        """Take `node` and its bodies out of the model; nothing may read its outputs any more."""
+        """Take `node` and its bodies out of the model; nothing may read its outputs any more.
+
+        A tensor with many readers goes on counting it as one until `commit`, so that erasing costs no search.
+        """
         pending = [node]
         while pending:
             current = pending.pop()
             self._erased[id(current)] = current
             for body in subgraphs(current):
                 pending.extend(body.nodes)
-            current.inputs.clear()
+            for tensor in {id(t): t for t in current.inputs}.values():
+                if len(tensor.outputs) > _MANY:  # searching its readers for each erased one would be quadratic
+                    self._crowded[id(tensor)] = tensor
+                else:
+                    _drop_readers(tensor, {id(current)})
+            list.clear(current.inputs)
             current.outputs.clear()
 
     def commit(self) -> None:
         """Put the changes in place: one sweep over the node lists."""
         if not self._erased and not self._next:
             return
+        for tensor in self._crowded.values():
+            _drop_readers(tensor, self._erased)
         for graph in self.model.graphs():
             order: list[gs.Node] = []
             for anchor in graph.nodes:
@@ -264,8 +295,15 @@ class Editor:
             graph.nodes = order
         for key in self._erased:
             self._graph_of.pop(key, None)
-        for table in (self._erased, self._next, self._previous, self._last_behind):
+        for table in (self._erased, self._next, self._previous, self._last_behind, self._crowded, self._operands):
             table.clear()
+
+
+def _drop_readers(tensor: gs.Tensor, gone: Container[int]) -> None:
+    """Take nodes, by id, off the tensor's own list of readers alone."""
+    kept = [node for node in tensor.outputs if id(node) not in gone]
+    list.clear(tensor.outputs)
+    list.extend(tensor.outputs, kept)
 
 
 def _swap(tensors: Any, old: gs.Tensor, new: gs.Tensor) -> None:

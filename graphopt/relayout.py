@@ -428,9 +428,9 @@ class _GraphLayouts:
                     producer.outputs[index] = stored
         at = {straight: stored}
 
-        def put(op: str, result: gs.Tensor, perm: Perm | None) -> None:
+        def put(op: str, source: gs.Tensor, result: gs.Tensor, perm: Perm | None) -> None:
             attributes = {} if perm is None else {"perm": list(perm)}
-            node = Node(op, f"{result.name}_{op.lower()}", attributes, [stored], [result])
+            node = Node(op, f"{result.name}_{op.lower()}", attributes, [source], [result])
             if producer is not None:
                 self.edit.insert_after(anchor, node, origins)
             else:
@@ -439,11 +439,11 @@ class _GraphLayouts:
         for need in [*needs, *named]:
             if need not in at:
                 at[need] = named[need][0] if need in named else self._new(value, need)
-                put("Transpose", at[need], compose(inverse(straight), need))
+                put("Transpose", stored, at[need], compose(inverse(straight), need))
         for need, tensors in named.items():
             for tensor in tensors:
                 if tensor is not at[need]:
-                    put("Identity", tensor, None)
+                    put("Identity", at[need], tensor, None)
         for (node, index, _), need in zip(value.uses, needs, strict=True):
             if node.inputs[index] is not at[need]:
                 node.inputs[index] = at[need]

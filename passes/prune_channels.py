@@ -19,8 +19,11 @@ from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
-from graphopt.analyses import allocation, importance, repair
+from graphopt.analyses import allocation
 from graphopt.analyses.channel_groups import ChannelGroups, Group, Kept, channel_groups
+from graphopt.analyses.importance import SELECTORS, Curve, curve, families, sites
+from graphopt.analyses.repair import Feeds, Fit
+from graphopt.analyses.repair import repair as fit_to
 from graphopt.edit import Editor, cleanup
 from graphopt.errors import UsageError, UserError
 from graphopt.ir import Model
@@ -88,7 +91,7 @@ class PruneChannels(Pass):
         widths: dict[str, tuple[int, int]] = {}
         removed = 0
         start = groups.cost_model(self.target).total()
-        fits: list[repair.Fit] = []
+        fits: list[Fit] = []
         plain = math.nan
         for number in range(self.rounds):
             if number:
@@ -107,7 +110,7 @@ class PruneChannels(Pass):
             if feeds and self.repair:
                 if number == self.rounds - 1:
                     plain = _distance(original, model, feeds)
-                fits = repair.repair(original, model, places, feeds, ctx.evaluate, seed=ctx.seed)
+                fits = fit_to(original, model, places, feeds, ctx.evaluate, seed=ctx.seed)
                 cleanup(model)
         if not removed:
             return 0
@@ -131,25 +134,25 @@ class PruneChannels(Pass):
         names = [group.name, *(name for name, _, _ in group.sites), *group.consumers]
         return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
 
-    def _cut(self, groups: ChannelGroups, feeds: repair.Feeds, goal: float, ctx: Context) -> list[tuple[int, ...]]:
+    def _cut(self, groups: ChannelGroups, feeds: Feeds, goal: float, ctx: Context) -> list[tuple[int, ...]]:
         """The classes to remove, in the sets in which they go."""
         free = {id(g) for g in self._free(groups)}
-        readers = importance.sites(groups, feeds, ctx.evaluate, ctx.seed)
+        readers = sites(groups, feeds, ctx.evaluate, ctx.seed)
         most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
         curves = []
-        for family in importance.families(groups):
+        for family in families(groups):
             classes = set(family.classes)
             mine = [site for site in readers if classes.intersection(site.owner.tolist())]
             limits = {g: most[g] for g in family.groups}
             if not any(limits.values()):
                 continue
             marks = _MEASURED if feeds else ()
-            selector = importance.SELECTORS[self.importance]
-            curves.append(importance.curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
+            selector = SELECTORS[self.importance]
+            curves.append(curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
         points = (
             allocation.measure(groups, curves, self._some(groups, curves, feeds)) if feeds else [[] for _ in curves]
         )
-        costs = [allocation.damages(curve, found) for curve, found in zip(curves, points, strict=True)]
+        costs = [allocation.damages(line, found) for line, found in zip(curves, points, strict=True)]
         now = groups.cost_model(self.target).total()
         align = self.align if self.align is not None else ctx.target.traits.channel_alignment if ctx.target else 1
 
@@ -164,11 +167,11 @@ class PruneChannels(Pass):
                 "lower ratio, keep or align, or exclude less"
                 + "".join(f"; {reason}" for reason in groups.blocked()[:3])
             )
-        return [step for curve, position in zip(curves, taken, strict=True) for step in curve.steps[:position]]
+        return [step for line, position in zip(curves, taken, strict=True) for step in line.steps[:position]]
 
-    def _some(self, groups: ChannelGroups, curves: Sequence[importance.Curve], feeds: repair.Feeds) -> repair.Feeds:
+    def _some(self, groups: ChannelGroups, curves: Sequence[Curve], feeds: Feeds) -> Feeds:
         """As many samples as can be measured on in bounded time."""
-        runs = sum(len(curve.weights) for curve in curves) + 1
+        runs = sum(len(line.weights) for line in curves) + 1
         size = max(1, len(next(iter(feeds[0].values()))) if next(iter(feeds[0].values())).ndim else 1)
         samples = _MEASURING / max(1.0, runs * groups.cost_model("macs").total())
         return feeds[: max(1, math.floor(samples / size))]
@@ -210,8 +213,8 @@ class PruneChannels(Pass):
         original: Model,
         before: tuple[float, float],
         widths: dict[str, tuple[int, int]],
-        fits: Sequence[repair.Fit],
-        feeds: repair.Feeds,
+        fits: Sequence[Fit],
+        feeds: Feeds,
         plain: float,
     ) -> None:
         for name, (first, last) in widths.items():
@@ -232,18 +235,18 @@ class PruneChannels(Pass):
             )
 
 
-def _feeds(ctx: Context, most: int) -> repair.Feeds:
+def _feeds(ctx: Context, most: int) -> Feeds:
     return [] if ctx.data is None else list(ctx.data.feeds(_BATCH, most))
 
 
-def _distance(original: Model, model: Model, feeds: repair.Feeds) -> float:
+def _distance(original: Model, model: Model, feeds: Feeds) -> float:
     some = feeds[: max(1, 256 // _BATCH)]
     return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
 
 
-def _aligned(curve: importance.Curve, position: int, align: int) -> bool:
-    gone = set(curve.removed(position))
-    for group in curve.family.groups:
+def _aligned(line: Curve, position: int, align: int) -> bool:
+    gone = set(line.removed(position))
+    for group in line.family.groups:
         lost = len(gone.intersection(group.classes))
         if (lost if group.width % align == 0 else group.width - lost) % align and lost:
             return False

@@ -78,6 +78,10 @@ class QuantizeQdq(Pass):
         _raise_opset(model, ctx)
         return _Run(self, model, ctx).run()
 
+    def twins(self, model: Model, ctx: Context) -> dict[str, Twin]:
+        """How each weighted operator would be rounded, by name; `model` stays as it is."""
+        return _Run(self, model, ctx).twins()
+
 
 def _raise_opset(model: Model, ctx: Context) -> None:
     if model.opset >= _OPSET or not any(True for _ in operators(model)):
@@ -95,7 +99,7 @@ def _raise_opset(model: Model, ctx: Context) -> None:
 
 def matches(node: Node, patterns: tuple[str, ...]) -> bool:
     """Whether a name with ``*`` and ``?``, or an operator, among `patterns` means `node`."""
-    return any(node.op == p or fnmatchcase(node.name, p) for p in patterns)
+    return any(p in (node.op, node.name) or fnmatchcase(node.name, p) for p in patterns)
 
 
 class _Run:
@@ -117,9 +121,10 @@ class _Run:
         plan = Placer(self.model, self.edit, chosen, self.chains).plan()
         missing = self._calibrate(plan)
         while missing:  # without data: keep what has known ranges
-            chosen = [n for n in chosen if not self._touches(n, missing)]
-            if not chosen:
+            known = [n for n in chosen if not self._touches(n, missing)]
+            if not known or len(known) == len(chosen):
                 return 0
+            chosen = known
             plan = Placer(self.model, self.edit, chosen, self.chains).plan()
             missing = self._unknown(plan)
         admitted = []
@@ -133,6 +138,18 @@ class _Run:
             plan = Placer(self.model, self.edit, admitted, self.chains).plan()
         self._write(plan, self._affines(plan))
         return len(plan.nodes)
+
+    def twins(self) -> dict[str, Twin]:
+        """Codes and weights as `run` would choose them, by name of the operator; nothing is changed."""
+        plan = Placer(self.model, self.edit, self._choose(), self.chains).plan()
+        if self._calibrate(plan):
+            raise UsageError("quantize-qdq: sensitivity needs calibration data; give --data")
+        found = self._affines(plan)
+        scales = {id(c.tensor): found[id(c)] for c in plan.codes}
+        return {
+            n.name: Twin(scales[id(n.inputs[0])], self._quantized(n, scales[id(n.inputs[0])].scale).values())
+            for n in plan.nodes
+        }
 
     # -------------------------------------------------------------------------------------------------- what to do
 
@@ -176,6 +193,10 @@ class _Run:
             if missing:
                 self.ctx.remark(None, "no calibration data: only tensors with a known range get codes; give --data")
             return missing
+        limit = self.options.samples
+        if limit is not None and data.count is not None and data.count < limit:
+            raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")
+        self.statistics = data.memo.setdefault((self.model.fingerprint(), limit), {})
         limit = self.options.samples
         if limit is not None and data.count is not None and data.count < limit:
             raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")

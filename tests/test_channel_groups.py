@@ -108,7 +108,7 @@ class Maker:
         return name
 
     def random(self, *shape: int) -> str:
-        return self.const(self.rng.standard_normal(shape).astype(np.float32) / np.sqrt(np.prod(shape[1:]) or 1))
+        return self.const((self.rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32))
 
     def ints(self, *values: int) -> str:
         return self.const(np.array(values, np.int64))

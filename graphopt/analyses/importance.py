@@ -128,7 +128,7 @@ def sites(groups: ChannelGroups, feeds: Feeds, evaluate: Evaluate, seed: int = 0
     return result
 
 
-def _owners(groups: ChannelGroups, contraction: Contraction, layer: Layer) -> Array:
+def owners(groups: ChannelGroups, contraction: Contraction, layer: Layer) -> Array:
     """[groups, columns]: the class of each."""
     roots = groups.roots[contraction.atoms]
     if layer.op == "Conv":
@@ -140,12 +140,12 @@ def _owners(groups: ChannelGroups, contraction: Contraction, layer: Layer) -> Ar
 def _blind(groups: ChannelGroups, contraction: Contraction, layer: Layer | None) -> list[Site]:
     if layer is None:
         return []
-    owners = _owners(groups, contraction, layer)
+    owner = owners(groups, contraction, layer)
     made = []
     for g, w in enumerate(layer.matrix()):
         columns = w.shape[1]
         scale = float(np.square(w).sum()) or 1.0
-        made.append(Site(contraction, layer, g, owners[g], w, np.ones(columns, np.float32), np.zeros(columns), scale))
+        made.append(Site(contraction, layer, g, owner[g], w, np.ones(columns, np.float32), np.zeros(columns), scale))
     return made
 
 
@@ -165,7 +165,7 @@ def _layer_sites(
             count += columns.shape[1]
         else:
             moments.add(columns, np.zeros((layer.groups, columns.shape[1], 0), np.float32))
-    owners = _owners(groups, contraction, layer)
+    owner = owners(groups, contraction, layer)
     made = []
     if wide:
         mean, gram = sums / count, squares / count
@@ -177,7 +177,7 @@ def _layer_sites(
     for g in range(layer.groups):
         h = np.asarray(gram[g], np.float32)
         energy = float(np.einsum("od,d,od->", w[g], h, w[g]) if wide else np.einsum("od,od->", w[g] @ h, w[g]))
-        made.append(Site(contraction, layer, g, owners[g], w[g], h, mean[g], energy or 1.0))
+        made.append(Site(contraction, layer, g, owner[g], w[g], h, mean[g], energy or 1.0))
     total = sum(site.scale for site in made)
     for site in made:
         site.scale = total

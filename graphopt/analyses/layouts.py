@@ -357,6 +357,46 @@ def _unsqueeze(call: Call) -> Transparent | None:
     )
 
 
+def _reshape(call: Call) -> Transparent | None:
+    """Where it removes or adds axes of size 1 only, and becomes a Squeeze or an Unsqueeze."""
+    before = call.shapes.shape(call.node.inputs[0])
+    after = call.shapes.shape(call.node.outputs[0])
+    if before is None or after is None or not call.has(1):
+        return None
+    removed, added = _ones(before, after), _ones(after, before)
+    if removed is None and added is None:
+        return None
+    axes = removed or added or ()
+
+    def rewrite(perm: Perm, edit: Editor) -> None:
+        node, moved = call.node, sorted(perm.index(axis) for axis in axes)
+        node.op = "Squeeze" if removed else "Unsqueeze"
+        node.attrs.clear()
+        if call.opset < 13:
+            node.attrs["axes"] = moved
+            del node.inputs[1:]
+        else:
+            node.inputs[1] = edit.constant(f"{node.name}_axes", np.array(moved, np.int64))
+
+    if removed:
+        return Transparent(len(before), (0,), absent_out=axes, rewrite=rewrite)
+    return Transparent(len(after), (0,), absent_in=axes, rewrite=rewrite)
+
+
+def _ones(large: Sequence[Any], small: Sequence[Any]) -> tuple[int, ...] | None:
+    """The axes of size 1 that make `large` of `small`; None where something else differs, or nothing does."""
+    axes = []
+    rest = list(small)
+    for axis, dim in enumerate(large):
+        if rest and rest[0] == dim:
+            rest.pop(0)
+        elif dim == 1:
+            axes.append(axis)
+        else:
+            return None
+    return tuple(axes) if axes and not rest else None
+
+
 def _resize(call: Call) -> Transparent | None:
     """Nearest only: the others compute their weights in an order that depends on the layout."""
     rank, attrs = call.rank(), call.node.attrs
@@ -412,5 +452,6 @@ _RULES: Final[dict[str, Rule]] = {
     "Pad": _pad,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
+    "Reshape": _reshape,
     "Resize": _resize,
 }

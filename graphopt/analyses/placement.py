@@ -83,6 +83,9 @@ def weight_of(node: Node) -> gs.Tensor | None:
 def refusal(node: Node, edit: Editor, shapes: Shapes, opset: int) -> str | None:
     """Why a Conv, Gemm or MatMul cannot become int8 with a constant weight, or None."""
     weight, data = weight_of(node), node.inputs[0]
+    behind = None if weight is None else edit.producer(weight)
+    if behind is not None and behind.op == "DequantizeLinear":
+        return "its weight is quantized already"
     if weight is None or not edit.is_fixed(weight):
         return "its weight is not constant"
     if weight.dtype != np.float32:

@@ -184,7 +184,7 @@ def _same(first: Runner, second: Runner, a: Node, b: Node) -> bool:
 
 
 def _fittable(layer: Layer) -> bool:
-    return layer.matrix().shape[-1] <= MAX_COLUMNS
+    return bool(layer.matrix().shape[-1] <= MAX_COLUMNS)
 
 
 def _joins(model: Model, found: Mapping[str, Layer]) -> dict[str, Node]:

@@ -212,6 +212,9 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
         pipeline = outcome.pipeline
     ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
     result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments])
+    for told in result.remarks:  # what passes say of the whole model, and of no node in it
+        if not told.node:
+            request.say(f"{target}: {told}")
     changed = verify.interface(request.model, result.model)
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")

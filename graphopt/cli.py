@@ -224,12 +224,25 @@ def _samples(
     """What ``--data`` means: one sample of `inputs`, or, where something is to be calibrated, samples and the first of them."""
     if source is None:
         return None, None
-    if not calibrates and not any(p.pass_name().startswith("quantize") for p in pipeline.passes):
+    if not calibrates and not any(p.pass_name().startswith(("quantize", "prune")) for p in pipeline.passes):
         return _arrays(Path(source), inputs), None
     from graphopt.data import open_data
 
     data = open_data(source, inputs)
     return [next(iter(data.feeds(1, 1)))], data
+
+
+def _pruning(pipeline: Pipeline, share: float | None, data: str | None) -> Pipeline:
+    """The pipeline with pruning behind it, where ``--prune`` asks for it."""
+    from graphopt.pipeline import Pipeline
+
+    if share is None:
+        return pipeline
+    if not 0 < share < 1:
+        raise UsageError(f"--prune takes the share to remove, between 0 and 1, not {share:g}; as in --prune 0.3")
+    if data is None:
+        raise UsageError("--prune needs samples: --data calib.npz (input name -> samples on the first axis, no labels)")
+    return pipeline + Pipeline.parse(f"prune-channels{{ratio={share!r}}}")
 
 
 def _int8_wish(
@@ -336,6 +349,9 @@ def build(
             "--data", metavar="SAMPLES", help="One sample; or calibration samples: .npz, folder, module:callable."
         ),
     ] = None,
+    prune: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Remove so much of the multiply-accumulates, as 0.3.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Quantize for each target, with the samples of --data.")] = False,
     labels: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="int8: class numbers of the samples.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="int8: top1 (with labels) or agreement.")] = None,
@@ -386,7 +402,7 @@ def build(
         _check_place(report)
     ranges = _ranges(shape)
     targets = [Target.parse(t) for t in target] if target else None
-    pipeline = _pipeline(passes, level, "default")
+    pipeline = _pruning(_pipeline(passes, level, "default"), prune, data)
     options = BuildOptions(
         shapes=ranges,
         threads=threads,
@@ -749,6 +765,39 @@ def inspect(
     for op, count in facts["operators"].items():
         operators.add_row(op, str(count))
     out.print(operators)
+
+
+@app.command(short_help="Show which channels can be removed, and what keeps the others.")
+def groups(model: ModelFile, passes: PipelineText = None, level: Level = None, report: ReportFile = None) -> None:
+    """Show the groups of channels of the optimized MODEL that pruning removes together, and why others have to stay."""
+    from graphopt import verify
+    from graphopt.analyses.channel_groups import channel_groups
+    from graphopt.evaluate import evaluate_node
+    from graphopt.pass_base import Context
+
+    _check_place(report)
+    pipeline = _pipeline(passes, level, "default")
+    loaded = _load(model)
+    verify.cycles(loaded)
+    found = channel_groups(pipeline.run(loaded, Context(evaluate=evaluate_node)).model)
+    table = Table("group", "sliced", "read by")
+    for heading in ("channels", "MACs each", "parameters each"):
+        table.add_column(heading, justify="right")
+    costs = {what: found.cost_model(what) for what in ("macs", "params")}
+    listed = []
+    for group in found.groups:
+        saved = {what: round(cost.saving(group.classes[:1])) for what, cost in costs.items()}
+        sites = [f"{name}[{axis}]{f' x{count}' if count > 1 else ''}" for name, axis, count in group.sites]
+        cells = [group.name, ", ".join(sites), ", ".join(group.consumers)]
+        table.add_row(*map(escape, cells), str(group.width), f"{saved['macs']:,}", f"{saved['params']:,}")
+        listed.append(
+            {"name": group.name, "channels": group.width, "sliced": sites, "readers": group.consumers, **saved}
+        )
+    out.print(table)
+    blocked = found.blocked()
+    for line in blocked:
+        out.print(line, markup=False, soft_wrap=True)
+    _write_report(report, {"groups": listed, "blocked": blocked})
 
 
 @app.command(short_help="Say what int8 costs, layer by layer.")

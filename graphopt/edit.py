@@ -224,6 +224,8 @@ class Editor:
             self._graph_of[id(node)] = self._graph_of[id(anchor)]
             if foreign and node.name:
                 node.name = self.fresh_name(node.name)
+            elif not node.name:
+                name_nodes([node], self.fresh_name)
             previous = self._previous.get(id(anchor))
             if previous is not None:
                 self._chain(previous, node)

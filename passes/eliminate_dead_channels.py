@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.channel_groups import ChannelGroups, Kept, channel_groups
 from graphopt.analyses.gram import layers
 from graphopt.analyses.importance import owners
-from graphopt.edit import Editor
+from graphopt.edit import Editor, cleanup
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 
@@ -111,34 +111,38 @@ class EliminateDeadChannels(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
 
     def run(self, model: Model, ctx: Context) -> int:
-        """One sweep; returns the number of channel classes (or balanced sets of them) removed."""
-        groups = channel_groups(model)
-        dead = _dead(groups)
-        gone: set[int] = set()
+        """Sweeps until nothing is dead; returns the number of channel classes (or balanced sets of them) removed."""
         removed = 0
-        for root in sorted(dead):
-            if root in gone:
-                continue
-            bundle = groups.bundle(root, [c for c in sorted(dead) if c not in gone], lambda c: 0.0)
-            if bundle is None or not groups.is_balanced(Kept(groups, gone.union(bundle))):
-                ctx.remark(
-                    None,
-                    f"a channel of {_name(groups, root)!r} is dead, but the others of its axis or group would not be",
-                )
-                continue
-            if not ctx.admit():
-                break
-            gone.update(bundle)
-            removed += 1
-        if gone:
+        while True:
+            groups = channel_groups(model)
+            gone, count = _admitted(groups, ctx)
+            if not gone:
+                return removed
+            removed += count
             edit = Editor(model)
             groups.apply(gone, edit)
             edit.commit()
-        return removed
+            cleanup(model)
 
 
-def _name(groups: ChannelGroups, root: int) -> str:
-    return next((g.name for g in groups.groups if root in g.classes), "?")
+def _admitted(groups: ChannelGroups, ctx: Context) -> tuple[set[int], int]:
+    """The dead classes that may go, and in how many sets."""
+    dead = sorted(_dead(groups))
+    gone: set[int] = set()
+    count = 0
+    for root in dead:
+        if root in gone:
+            continue
+        bundle = groups.bundle(root, [c for c in dead if c not in gone], lambda c: 0.0)
+        if bundle is None or not groups.is_balanced(Kept(groups, gone.union(bundle))):
+            name = next((g.name for g in groups.groups if root in g.classes), "?")
+            ctx.remark(None, f"a channel of {name!r} is dead, but its group or axis cannot do without it")
+            continue
+        if not ctx.admit():
+            break
+        gone.update(bundle)
+        count += 1
+    return gone, count
 
 
 def _dead(groups: ChannelGroups) -> set[int]:

@@ -116,7 +116,7 @@ def _equal(left: Any, right: Any, paired: dict[int, gs.Tensor]) -> bool:
     if isinstance(left, gs.Constant):
         return _equal_constants(left, right)
     if isinstance(left, onnx.AttributeProto):
-        return left.SerializeToString(deterministic=True) == right.SerializeToString(deterministic=True)
+        return bool(left.SerializeToString(deterministic=True) == right.SerializeToString(deterministic=True))
     if isinstance(left, list):
         return len(left) == len(right) and all(_equal(a, b, paired) for a, b in zip(left, right, strict=True))
     return repr(left) == repr(right)  # floats: 0.0 is not -0.0, NaN is NaN

@@ -217,9 +217,10 @@ class PruneChannels(Pass):
         feeds: Feeds,
         plain: float,
     ) -> None:
+        tensors = {tensor.name: tensor for tensor in original.constants()}
         for name, (first, last) in widths.items():
             if first != last:
-                ctx.remark(None, f"{name}: {first} -> {last} channels")
+                ctx.remark(tensors.get(name), f"{first} -> {last} channels")
         groups = channel_groups(model)
         macs, params = groups.cost_model("macs").total(), groups.cost_model("params").total()
         ctx.remark(

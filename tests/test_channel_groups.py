@@ -142,12 +142,26 @@ class Maker:
             [info("y", onnx.TensorProto.FLOAT, None)],
             self.weights,
         )
-        return ir.from_proto(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8))
+        return ir.from_proto(
+            onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=8)
+        )
 
     def step(self, x: str) -> str:
         width = self.widths[x]
         kinds = ["conv", "act", "bn", "residual", "concat", "split", "shuffle", "depthwise", "grouped", "se", "scale"]
-        kinds += ["slice", "gather", "pad", "prelu", "glu", "attention", "transposed", "space", "norm", "flat", "resize"]
+        kinds += [
+            "slice",
+            "gather",
+            "pad",
+            "prelu",
+            "glu",
+            "attention",
+            "transposed",
+            "space",
+            "norm",
+            "flat",
+            "resize",
+        ]
         match self.draw(st.sampled_from(kinds)):
             case "conv":
                 return self.conv(x, self.draw(st.sampled_from([4, 6, 8])), kernel=self.draw(st.sampled_from([1, 3])))
@@ -283,7 +297,9 @@ def test_masked_graph_is_sliced_graph_on_random_networks() -> None:
     assert np.mean([n > 0 for n in removed]) > 0.8
 
 
-@pytest.mark.parametrize("name", ["resnet.legacy", "mobilenet.dynamo", "concat.legacy", "concat.dynamo", "vit.legacy", "vit.dynamo"])
+@pytest.mark.parametrize(
+    "name", ["resnet.legacy", "mobilenet.dynamo", "concat.legacy", "concat.dynamo", "vit.legacy", "vit.dynamo"]
+)
 def test_masked_graph_is_sliced_graph_on_digits_nets(name: str) -> None:
     model = Pipeline.parse("O2").run(ir.load(path(name))).model
     for seed in range(2):
@@ -388,12 +404,14 @@ def test_groups_of_a_convolution_lose_equally_many_but_not_the_same_places() -> 
 
 
 def test_group_prints_where_it_is_sliced_and_who_reads_it() -> None:
-    groups = groups_of("""
+    groups = groups_of(
+        """
         <ir_version: 8, opset_import: ["": 17]>
         g (float[1,2,4,4] x) => (float[1,5] y)
         <float[3,2,1,1] a = {1,1,1,1,1,1}, float[48,5] b>
         { c = Conv (x, a)
           f = Flatten (c)
           y = MatMul (f, b) }
-    """.replace("float[48,5] b", "float[48,5] b = {" + ",".join(["1"] * 240) + "}"))
+    """.replace("float[48,5] b", "float[48,5] b = {" + ",".join(["1"] * 240) + "}")
+    )
     assert [str(g) for g in groups.groups] == ["a: 3 channels; sliced: a[axis 0], b[axis 0] x16; read by: n2"]

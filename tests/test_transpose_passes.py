@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from graphopt import ir
+from graphopt import equivalence, ir
 from graphopt.analyses import layouts
 from graphopt.analyses.min_cut import MinCut
 from graphopt.evaluate import Evaluator
@@ -25,7 +25,7 @@ RUNS = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=150,
+    max_examples=120,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
 )
@@ -277,3 +277,63 @@ def test_numbers_stay_transposes_never_rise_and_a_second_run_finds_nothing(text:
                 assert found[name].shape == value.shape
 
     law()
+
+
+# ------------------------------------------------------------------------------------------------- as tf2onnx writes it
+
+NHWC = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[N,H,W,2] image) => (float[N,4] scores, float[N,h,w,4] features)
+    <float[4,2,3,3] w1, float[4,4,1,1] w2, float[4,4,3,3] w3, float[4] b1 = {1, 2, 3, 4}, float[4] b2 = {-1, 0, 1, 2}, float[4] slope = {0.5, 1, 2, 3},
+     float[1] three = {3}, float[1] six = {6}, float zero = {0}, float top = {6}, int64[8] pads = {0, 1, 1, 0, 0, 1, 1, 0},
+     int64[2] hw = {1, 2}, int64[1] from = {0}, int64[1] to = {2}, int64[1] last = {3}>
+    {
+        i1 = Transpose <perm = [0, 3, 1, 2]> (image)
+        c1 = Conv (i1, w1)
+        o1 = Transpose <perm = [0, 2, 3, 1]> (c1)
+        s1 = Add (o1, b1)
+        r1 = Clip (s1, zero, top)
+        i2 = Transpose <perm = [0, 3, 1, 2]> (r1)
+        c2 = Conv (i2, w2)
+        o2 = Transpose <perm = [0, 2, 3, 1]> (c2)
+        s2 = Add (o2, b2)
+        p2 = PRelu (s2, slope)
+        residual = Add (p2, r1)
+        h = Add (residual, three)
+        hc = Clip (h, zero, top)
+        hd = Div (hc, six)
+        swish = Mul (residual, hd)
+        padded = Pad (swish, pads)
+        i3 = Transpose <perm = [0, 3, 1, 2]> (padded)
+        c3 = Conv (i3, w3)
+        o3 = Transpose <perm = [0, 2, 3, 1]> (c3)
+        half = Slice (o3, from, to, last)
+        other = Slice (swish, from, to, last)
+        features = Concat <axis = 3> (half, other)
+        ip = Transpose <perm = [0, 3, 1, 2]> (features)
+        pool = GlobalAveragePool (ip)
+        op = Transpose <perm = [0, 2, 3, 1]> (pool)
+        gate = Sigmoid (op)
+        scaled = Mul (features, gate)
+        mean = ReduceMax <axes = [1, 2], keepdims = 0> (scaled)
+        scores = Softmax (mean)
+    }
+"""
+
+
+def test_a_network_in_channels_last_keeps_transposes_at_its_border_only() -> None:
+    proto = onnx.parser.parse_model(NHWC)
+    rng = np.random.default_rng(0)
+    for index, (name, shape) in enumerate((("w1", (4, 2, 3, 3)), ("w2", (4, 4, 1, 1)), ("w3", (4, 4, 3, 3)))):
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.insert(index, onnx.numpy_helper.from_array(values, name))
+        del proto.graph.value_info[:]
+    model = ir.from_proto(proto)
+    result = run("fixpoint(fold-constants,eliminate-nop,eliminate-identity,merge-transposes,sink-transposes)", model)
+    left = [node for node in result.model.graph.nodes if node.op == "Transpose"]
+    border = {*map(id, result.model.graph.inputs), *map(id, result.model.graph.outputs)}
+    assert count(model) == 8
+    assert len(left) == 2
+    assert all(id(node.inputs[0]) in border or id(node.outputs[0]) in border for node in left)
+    feeds = [{"image": rng.standard_normal((n, 5, 6, 2)).astype(np.float32)} for n in (1, 3)]
+    equivalence.compare(model, result.model, feeds=feeds).require("without transposes")

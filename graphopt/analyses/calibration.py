@@ -85,9 +85,9 @@ class Statistics:
     def _count(self, flat: Array) -> None:
         assert self._exponent is not None
         places = np.multiply(flat, np.float32(2.0**-self._exponent), dtype=np.float32)
-        places += np.float32(BINS // 2)
-        np.clip(places, 0, BINS - 1, out=places)
-        self._counts += np.bincount(places.astype(np.int32), minlength=BINS)
+        places = np.floor(places, out=places).astype(np.int32)  # exact: the width is a power of two
+        places += BINS // 2
+        self._counts += np.bincount(np.clip(places, 0, BINS - 1, out=places), minlength=BINS)
 
     def histogram(self) -> tuple[Array, Array]:
         """Edges and counts of the bins between the extremes; both empty where all values are 0."""

@@ -107,6 +107,7 @@ class ChannelGroups:
         self.contractions: list[Contraction] = []
         self.balances: list[tuple[Array, ...]] = []
         self.fixes: list[Fix] = []
+        self._seen: list[Array] = []
         self.ambiguous: dict[str, tuple[int, ...]] = {}  # Reshapes that could carry channels on another axis, too
         self.carriers = dict(carriers or {})
         self._parent: list[int] = []
@@ -166,6 +167,10 @@ class ChannelGroups:
         """Record that `node` sums over an axis of an operand."""
         if atoms is not None:
             self.contractions.append(Contraction(node, operand, axis, atoms))
+
+    def seen(self, *axes: Axis) -> None:
+        """Record axes that are channels in the users' sense, free or not."""
+        self._seen.extend(axis for axis in axes if axis is not None)
 
     def weight(self, tensor: gs.Constant) -> _Weight:
         """The record of a constant, with atoms on every axis of more than one index."""
@@ -302,11 +307,9 @@ class ChannelGroups:
 
     def blocked(self) -> list[str]:
         """Why channels stay, each reason once, with the number of classes: the answer to "why is nothing pruned?"."""
-        read = {int(r) for c in self.contractions for r in self.roots[c.atoms]}
         reasons: dict[str, int] = defaultdict(int)
-        for root in sorted(read):
-            if root in self.pins:
-                reasons[self.pins[root]] += 1
+        for root in sorted({int(r) for axis in self._seen for r in self.roots[axis]} & self.pins.keys()):
+            reasons[self.pins[root]] += 1
         ordered = sorted(reasons.items(), key=lambda item: -item[1])
         return [f"{count} channels stay: {why}" for why, count in ordered]
 

@@ -254,6 +254,7 @@ def _conv(call: Call) -> Sequence[Labels | None] | None:
         call.pin(axis, "slides over it")
     for axis in weight[2:]:
         call.pin(axis, "has it as kernel")
+    call.groups.seen(*weight[:2])
     groups = int(call.attr("group", 1))
     rows = weight[0]
     if groups == 1:
@@ -316,6 +317,7 @@ def _conv_transpose(call: Call) -> Sequence[Labels | None] | None:
         call.pin(axis, "slides over it")
     for axis in weight[2:]:
         call.pin(axis, "has it as kernel")
+    call.groups.seen(*weight[:2])
     groups = int(call.attr("group", 1))
     rows = weight[1]
     if groups == 1:
@@ -343,6 +345,7 @@ def _pinned(call: Call, axis: Axis) -> Axis:
 @_relation("Gemm")
 def _gemm(call: Call) -> Sequence[Labels | None]:
     a, b = call.axes(0), call.axes(1)
+    call.groups.seen(*a, *b)
     inner = 0 if call.attr("transA", 0) else 1
     joined = call.join(a[inner], b[1 if call.attr("transB", 0) else 0])
     call.groups.contract(call.node, 0, inner, joined)
@@ -359,6 +362,7 @@ def _matmul(call: Call) -> Sequence[Labels | None] | None:
     a, b = call.axes(0), call.axes(1)
     if len(a) < 2 or len(b) < 2:
         return None
+    call.groups.seen(a[-1], b[-1], b[-2])
     joined = call.join(a[-1], b[-2])
     call.groups.contract(call.node, 0, len(a) - 1, joined)
     batch: Labels = ()

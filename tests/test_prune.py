@@ -1,0 +1,273 @@
+"""Pruning: what goes, what is mended, what is refused; dead channels; the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_channel_groups import channel_groups, choose
+
+from graphopt import cli, ir, models
+from graphopt.analyses.gram import Moments, layers, ridge
+from graphopt.analyses.importance import SELECTORS
+from graphopt.data import open_data
+from graphopt.discovery import find_pass
+from graphopt.edit import cleanup
+from graphopt.errors import UsageError, UserError
+from graphopt.evaluate import Evaluator, evaluate_node
+from graphopt.pass_base import Context
+from graphopt.pipeline import Pipeline
+
+CHAIN = """
+    <ir_version: 8, opset_import: ["": 17]>
+    g (float[N,2,4,4] x) => (float[N,2,4,4] y)
+    <float[4,2,1,1] a = {1, 0.5, -1, 2, 0.25, 1, 2, 1}, float[2,4,1,1] b = {1, 2, 3, 4, 5, 6, 7, 8}>
+    { c = Conv (x, a)
+      r = Relu (c)
+      y = Conv (r, b) }
+"""
+
+
+def prune(model: ir.Model, options: str, samples: np.ndarray | None = None):
+    data = None if samples is None else open_data({"x": samples}, model.inputs)
+    return Pipeline.parse(f"prune-channels{options}").run(model, Context(evaluate=evaluate_node, data=data))
+
+
+def noise(count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float32)
+
+
+def top1(model: ir.Model) -> float:
+    digits = models.digits()
+    found = next(iter(Evaluator(model).run({"x": digits["x_test"]}).values()))
+    return float((found.argmax(1) == digits["y_test"]).mean())
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> ir.Model:
+    return Pipeline.parse("O2").run(ir.load(models.path("mobilenet.legacy"))).model
+
+
+# ------------------------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("name", ["mobilenet.dynamo", "vit.legacy"])
+def test_half_of_the_parameters_go_and_nine_tenths_of_the_accuracy_stay(name: str) -> None:
+    model = Pipeline.parse("O2").run(ir.load(models.path(name))).model
+    samples = models.digits()["x_calib"]
+    repaired = prune(model, "{ratio=0.5,target=params}", samples)
+    assert (
+        channel_groups(repaired.model).cost_model("params").total()
+        <= 0.501 * channel_groups(model).cost_model("params").total()
+    )
+    assert top1(repaired.model) >= 0.9 * top1(model)
+    plain = prune(model, "{ratio=0.5,target=params,repair=false}", samples)
+    assert top1(repaired.model) > top1(plain.model) + 0.1
+
+
+def test_channel_that_others_can_stand_in_for_costs_nothing() -> None:
+    """Without an activation in between, two of four channels that see two inputs are redundant: least squares finds them exactly."""
+    model = ir.parse(CHAIN.replace("Relu", "Identity"))
+    samples = noise(32, 2, 4, 4)
+    result = prune(model, "{ratio=0.5}", samples).model
+    before, after = (Evaluator(m).run({"x": samples})["y"] for m in (model, result))
+    # the ridge of 1e-4 of the mean diagonal leaves as much
+    np.testing.assert_allclose(before, after, atol=1e-2 * np.abs(before).max())
+    assert {c.shape[1] for c in result.constants() if c.shape[0] == 2 and len(c.shape) == 4} == {2}
+
+
+def test_ridge_is_pulled_toward_the_weights_at_hand_and_not_toward_zero() -> None:
+    x, w = noise(400, 5), np.arange(10.0).reshape(1, 2, 5)
+    moments = Moments(1, 5, 2)
+    moments.add(x[None], (x @ w[0].T + 3).astype(np.float32)[None])
+    for strength in (1e-4, 1e4):
+        solved, bias = ridge(moments, w, strength, True)
+        np.testing.assert_allclose(solved, w, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(bias, [[3, 3]], rtol=1e-3)
+    other, _ = ridge(moments, np.zeros_like(w), 1e-6, True)
+    np.testing.assert_allclose(other, w, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("op", "weight", "attributes"),
+    [
+        ("Conv", "float[4,2,3,2]", "<group = 2, strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]>"),
+        ("Conv", "float[8,1,3,3]", '<group = 4, auto_pad = "SAME_UPPER", strides = [2, 2]>'),
+        ("Conv", "float[3,4,1,1]", ""),
+    ],
+)
+def test_layer_is_its_matrix_times_its_columns(op: str, weight: str, attributes: str) -> None:
+    size = int(np.prod([int(n) for n in weight[6:-1].split(",")]))
+    values = ",".join(map(str, np.random.default_rng(1).standard_normal(size).round(3)))
+    model = ir.parse(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[2,4,7,6] x) => (float[2,?,?,?] y) <{weight} w = {{{values}}}> {{ y = {op} {attributes} (x, w) }}
+    """)
+    x = noise(2, 4, 7, 6)
+    y = Evaluator(model).run({"x": x})["y"]
+    model.graph.nodes[0].name = "n"
+    layer = layers(model)["n"]
+    take = np.arange(layer.positions(y))[::3]
+    found = layer.columns(x, y, take) @ layer.matrix().transpose(0, 2, 1)
+    np.testing.assert_allclose(found, layer.outputs(y, take), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(layer.unmatrix(layer.matrix()), layer.weight.values)
+
+
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_every_selector_prunes(name: str, mobilenet: ir.Model) -> None:
+    result = prune(mobilenet, f"{{importance={name},ratio=0.3}}", models.digits()["x_calib"][:64])
+    assert (
+        channel_groups(result.model).cost_model("macs").total()
+        <= 0.701 * channel_groups(mobilenet).cost_model("macs").total()
+    )
+    assert top1(result.model) > 0.5 if name != "random" else result.rewrites
+
+
+# ------------------------------------------------------------------------------------------------------- behaviour
+
+
+def test_second_run_finds_the_ratio_reached(mobilenet: ir.Model) -> None:
+    first = prune(mobilenet, "{ratio=0.2}").model
+    assert prune(first, "{ratio=0.2}").rewrites == 0
+    assert prune(first, "{ratio=0.4}").rewrites > 0
+
+
+def test_same_samples_same_bytes(mobilenet: ir.Model) -> None:
+    samples = models.digits()["x_calib"][:32]
+    first, second = (prune(mobilenet, "{ratio=0.3}", samples).model for _ in range(2))
+    assert ir.saves(first) == ir.saves(second)
+
+
+def test_widths_keep_to_multiples_and_excluded_layers_keep_theirs(mobilenet: ir.Model) -> None:
+    result = prune(mobilenet, "{ratio=0.3,align=8,exclude=['head.*'],rounds=2}", models.digits()["x_calib"][:64])
+    found = {g.name: g.width for g in channel_groups(result.model).groups}
+    assert all(width % 8 == 0 for width in found.values())
+    assert next(w for name, w in found.items() if name.startswith("head")) == 64
+
+
+def test_report_says_widths_costs_and_errors(mobilenet: ir.Model) -> None:
+    told = [str(r) for r in prune(mobilenet, "{ratio=0.3}", models.digits()["x_calib"][:64]).remarks]
+    assert any("multiply-accumulates (-30" in text for text in told)
+    assert any("before repair" in text for text in told)
+    assert any(" -> " in text and "channels" in text for text in told)
+
+
+def test_without_samples_norms_decide_and_a_remark_says_so() -> None:
+    result = prune(ir.parse(CHAIN), "{ratio=0.5}")
+    assert any("no calibration data" in str(r) for r in result.remarks)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("options", ["{ratio=0}", "{ratio=1}", "{ratio=-0.2}", "{keep=0}", "{align=0}", "{rounds=0}"])
+def test_share_outside_0_to_1_is_refused(options: str) -> None:
+    with pytest.raises(UsageError, match="prune-channels: "):
+        Pipeline.parse(f"prune-channels{options}")
+
+
+def test_nothing_prunable_is_an_error_that_says_what_pins() -> None:
+    text = CHAIN.replace("=> (float[N,2,4,4] y)", "=> (float[N,2,4,4] y, float[N,4,4,4] r)")
+    with pytest.raises(
+        UserError, match="no channel of this model can be removed: 4 channels stay: it is graph output 'r'"
+    ):
+        prune(ir.parse(text), "")
+
+
+def test_everything_excluded_is_an_error_too() -> None:
+    with pytest.raises(UserError, match="no channel of this model can be removed"):
+        prune(ir.parse(CHAIN), "{exclude='*'}")
+
+
+def test_more_than_can_be_removed_is_an_error_and_leaves_the_model_alone() -> None:
+    model = ir.parse(CHAIN)
+    before = model.fingerprint()
+    with pytest.raises(UserError, match=r"75\.0% of the macs at most can be removed, 90\.0% was asked for"):
+        prune(model, "{ratio=0.9}")
+    assert model.fingerprint() == before
+
+
+def test_samples_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="shape"):
+        prune(ir.parse(CHAIN), "{ratio=0.5}", noise(8, 3, 4, 4))
+
+
+# --------------------------------------------------------------------------------------------------- dead channels
+
+
+def test_model_masked_by_another_tool_becomes_small(mobilenet: ir.Model) -> None:
+    """Zero filters and biases of half of all channels: the same outputs without them."""
+    groups = channel_groups(mobilenet)
+    gone = choose(groups, np.random.default_rng(0), 0.5)
+    masked = mobilenet.clone()
+    twin = channel_groups(masked)
+    changed = {}
+    for tensor, labels in twin.weights():
+        if labels[0] is not None and (len(labels) == 4 or len(labels) == 1):
+            values = np.array(tensor.values)
+            values[np.isin(twin.roots[labels[0]], list(gone))] = 0
+            changed[id(tensor)] = ir.Constant(tensor.name, values)
+    for node in masked.graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            if id(tensor) in changed:
+                node.inputs[index] = changed[id(tensor)]
+    cleanup(masked)
+    result = Pipeline.parse("eliminate-dead-channels").run(masked)
+    assert result.rewrites >= len(gone)
+    small, cost = channel_groups(result.model), channel_groups(mobilenet).cost_model("params")
+    cost.remove(gone)
+    assert small.cost_model("params").total() <= cost.total()
+    x = models.digits()["x_test"][:64]
+    before, after = (next(iter(Evaluator(m).run({"x": x}).values())) for m in (masked, result.model))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("between", "dies"),
+    [
+        ("Relu (c)", True),
+        ("Tanh (c)", True),
+        ("Sigmoid (c)", False),
+        ("Exp (c)", False),
+        ("Add (c, k)", False),
+        ("Mul (c, k)", True),
+    ],
+)
+def test_zero_survives_only_what_keeps_it(between: str, dies: bool) -> None:
+    model = ir.parse(f"""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1,1,1,1] x) => (float[1,1,1,1] y)
+        <float[2,1,1,1] a = {{1, 0}}, float[1,2,1,1] b = {{3, 4}}, float[1] k = {{5}}>
+        {{ c = Conv (x, a)
+          r = {between}
+          y = Conv (r, b) }}
+    """)
+    assert Pipeline.parse("eliminate-dead-channels").run(model).rewrites == dies
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_build_prunes_with_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "calib.npz"
+    np.savez(data, x=models.digits()["x_calib"])
+    model = str(models.path("mobilenet.legacy"))
+    out = ["-o", str(tmp_path / "out"), "-t", "ort:cpu"]
+    assert cli.run(["build", model, *out, "--prune", "0.3", "--data", str(data)]) == 0
+    assert "multiply-accumulates (-30.0%)" in capsys.readouterr().err
+    assert cli.run(["build", model, *out, "--prune", "0.3"]) == 2
+    assert "--prune needs samples" in capsys.readouterr().err
+    assert cli.run(["build", model, *out, "--prune", "30", "--data", str(data)]) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+
+
+def test_groups_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["groups", str(models.path("vit.dynamo"))]) == 0
+    told = capsys.readouterr().out
+    assert "blocks.0.mlp" in told
+    assert "normalizes over it" in told
+
+
+def test_pass_is_documented() -> None:
+    assert "samples without labels" in find_pass("prune-channels").summary()

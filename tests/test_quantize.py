@@ -1,0 +1,299 @@
+"""Int8: placement for both runtimes, weights that cannot saturate, accuracy on the kernels that run."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from graphopt import int8, ir, models
+from graphopt.analyses import weights
+from graphopt.coverage import kernel_coverage, onnxruntime_coverage
+from graphopt.data import open_data
+from graphopt.elements import Node
+from graphopt.errors import UnsupportedModel, UsageError
+from graphopt.evaluate import Evaluator, evaluate_node
+from graphopt.pass_base import Context
+from graphopt.pipeline import Pipeline
+from graphopt.target import Target
+
+CPU, RTX = Target("ort", "cpu"), Target("tensorrt-rtx", "sm89")
+DIGITS = models.digits()
+RNG = np.random.default_rng(0)
+
+
+def run(text: str, model: ir.Model, target: Target | None = CPU, data=None, limit: int | None = None):
+    return Pipeline.parse(text).run(model, Context(target=target, data=data, evaluate=evaluate_node, limit=limit))
+
+
+def net(name: str) -> tuple[ir.Model, object]:
+    model = ir.load(f"models/{name}.legacy.onnx")
+    data = open_data({"x": DIGITS["x_calib"]}, model.inputs)
+    return run("default", model).model, data
+
+
+def ops(model: ir.Model) -> collections.Counter:
+    return collections.Counter(n.op for n in model.nodes())
+
+
+def random_model(text: str, **arrays: np.ndarray) -> ir.Model:
+    opset = onnx.helper.make_opsetid("", 17)
+    proto = onnx.helper.make_model(onnx.parser.parse_graph(text), opset_imports=[opset], ir_version=8)
+    for name, value in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), name))
+    return ir.loads(proto.SerializeToString())
+
+
+CHAIN = """
+    g (float[N,8,6,6] x) => (float[N,16,6,6] y)
+    { a = Conv <pads = [1,1,1,1]> (x, w1, b1)
+      r = Relu (a)
+      c = Conv <pads = [1,1,1,1]> (r, w2)
+      s = Add (c, r)
+      y = Relu (s) }
+"""
+
+
+def chain() -> tuple[ir.Model, object]:
+    model = random_model(
+        CHAIN, w1=RNG.standard_normal((16, 8, 3, 3)), b1=RNG.standard_normal(16), w2=RNG.standard_normal((16, 16, 3, 3))
+    )
+    return model, open_data({"x": RNG.standard_normal((16, 8, 6, 6)).astype(np.float32)}, model.inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+def saturating(activations: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """u8 [M,K] by s8 [K,N] as ``vpmaddubsw`` computes it: neighbours along K are added in 16 bits."""
+    if activations.shape[1] % 2:
+        activations, codes = np.pad(activations, ((0, 0), (0, 1))), np.pad(codes, ((0, 1), (0, 0)))
+    a, w = activations.astype(np.int64), codes.astype(np.int64)
+    pairs = a[:, 0::2, None] * w[None, 0::2] + a[:, 1::2, None] * w[None, 1::2]
+    return np.clip(pairs, -(2**15), 2**15 - 1).sum(axis=1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 64])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e-20])
+def test_pair_safe_codes_never_saturate(k: int, scale: float) -> None:
+    node = Node("MatMul")
+    values = (RNG.laplace(size=(k, 40)) * scale).astype(np.float32)
+    values[:, 3] = 0
+    values[: k // 2 * 2, 4] = scale
+    safe, plain = (weights.quantize(node, values, pair_safe=flag) for flag in (True, False))
+    assert safe.axis == 1
+    assert (safe.scale > 0).all()
+    assert weights.pairs_at_risk(node, safe.codes) == 0
+    for bright in (np.full((1, k), 255), RNG.integers(0, 256, (8, k))):
+        np.testing.assert_array_equal(saturating(bright, safe.codes), bright @ safe.codes.astype(np.int64))
+    if k == 64:
+        bright = np.full((1, k), 255)
+        assert weights.pairs_at_risk(node, plain.codes)
+        assert (saturating(bright, plain.codes) != bright @ plain.codes.astype(np.int64)).any()
+        noise = [np.square(q.values() / scale - values / scale)[:, 5:].mean() for q in (plain, safe)]
+        assert 1 < noise[1] / noise[0] < 10 ** (4 / 10)
+
+
+def test_pairs_follow_the_order_in_which_kernels_pack_convolutions() -> None:
+    conv = Node("Conv", attrs={"group": 1})
+    along_channels = np.zeros((1, 4, 3, 3), np.int8)
+    along_channels[0, :2, 1, 1] = 127  # two channels of one tap are neighbours
+    across_taps = np.zeros((1, 4, 3, 3), np.int8)
+    across_taps[0, 0, 1, :] = 127  # one channel of three taps is not
+    assert weights.pairs_at_risk(conv, along_channels) == 1
+    assert weights.pairs_at_risk(conv, across_taps) == 0
+    depthwise = Node("Conv", attrs={"group": 8})
+    filters = RNG.standard_normal((8, 1, 3, 3)).astype(np.float32)
+    full = weights.quantize(depthwise, filters, pair_safe=True)
+    assert np.abs(full.codes).max(axis=(1, 2, 3)).tolist() == [127] * 8
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "shape", "axis"),
+    [
+        ("Conv", {}, (4, 3, 3, 3), 0),
+        ("Conv", {"group": 2}, (4, 3, 3), 0),
+        ("ConvTranspose", {}, (3, 4, 2, 2), 1),
+        ("Gemm", {}, (5, 4), 1),
+        ("Gemm", {"transB": 1}, (4, 5), 0),
+        ("MatMul", {}, (5, 4), 1),
+    ],
+)
+def test_scales_lie_on_the_axis_of_output_channels(op: str, attributes, shape, axis: int) -> None:
+    values = RNG.standard_normal(shape) * np.moveaxis(
+        np.geomspace(1, 1e6, 4).reshape(-1, *[1] * (len(shape) - 1)), 0, axis
+    )
+    found = weights.quantize(Node(op, attrs=attributes), values.astype(np.float32), pair_safe=False)
+    assert found.axis == axis
+    others = tuple(i for i in range(len(shape)) if i != axis)
+    assert (np.abs(found.values() - values) <= 0.004 * np.abs(values).max(axis=others, keepdims=True)).all()
+
+
+def test_dead_channels_and_large_biases_get_a_scale_that_works() -> None:
+    values = np.zeros((2, 3, 1, 1))
+    values[1] = 1e-12
+    model = random_model(
+        "g (float[N,3,2,2] x) => (float[N,2,2,2] y) { y = Conv (x, w, b) }", w=values, b=np.array([5.0, 100.0])
+    )
+    data = open_data({"x": RNG.standard_normal((4, 3, 2, 2)).astype(np.float32)}, model.inputs)
+    result = run("quantize-qdq", model, data=data).model
+    sample = {"x": np.ones((1, 3, 2, 2), np.float32)}
+    y = Evaluator(result).run(sample)["y"]
+    np.testing.assert_allclose(y[0, :, 0, 0], [5, 100], atol=0.5 * 100 / 255)
+
+
+# --------------------------------------------------------------------------------------------------------- placement
+
+
+def test_onnxruntime_keeps_int8_from_one_convolution_to_the_next() -> None:
+    model, data = chain()
+    result = run("quantize-qdq", model, data=data)
+    assert result.rewrites == 2
+    assert ops(result.model)["Relu"] == 1  # the last one, which no int8 operator reads
+    layers = onnxruntime_coverage(result.model)
+    assert [layer.kernel for layer in layers] == ["QLinearConv", "QLinearConv"]
+    scalars = [n.inputs[1].shape for n in result.model.nodes() if n.op == "QuantizeLinear"]
+    assert scalars
+    assert set(scalars) == {()}
+    assert {str(n.inputs[2].dtype) for n in result.model.nodes() if n.op == "QuantizeLinear"} == {"uint8"}
+
+
+def test_tensorrt_gets_symmetric_inputs_of_weighted_operators_and_a_shared_skip() -> None:
+    model, data = chain()
+    result = run("quantize-qdq{min-channels=1}", model, RTX, data)
+    quantizers = [n for n in result.model.nodes() if n.op == "QuantizeLinear"]
+    assert [n.inputs[0].name for n in quantizers] == ["x", "r"]  # one pair for the second Conv and the sum
+    assert all(str(n.inputs[2].dtype) == "int8" and not n.inputs[2].values.any() for n in quantizers)
+    add = next(n for n in result.model.nodes() if n.op == "Add")
+    assert [t.inputs[0].op for t in add.inputs] == ["Conv", "DequantizeLinear"]
+    assert "int32" not in {str(c.dtype) for c in result.model.constants()}
+    assert ops(result.model)["Relu"] == 2
+
+
+def test_a_model_is_never_quantized_twice() -> None:
+    model, data = chain()
+    first = run("quantize-qdq", model, data=data)
+    again = run("quantize-qdq", first.model, data=data)
+    assert again.rewrites == 0
+    assert any("quantized already" in str(r) for r in again.remarks)
+
+
+def test_tied_weights_are_quantized_once() -> None:
+    text = "g (float[N,8,6,6] x) => (float[N,8,6,6] y) { a = Conv (x, w) b = Relu (a) y = Conv (b, w) }"
+    model = random_model(text, w=RNG.standard_normal((8, 8, 1, 1)))
+    data = open_data({"x": RNG.standard_normal((8, 8, 6, 6)).astype(np.float32)}, model.inputs)
+    result = run("quantize-qdq{correct-bias=false}", model, data=data)
+    assert result.rewrites == 2
+    assert sum(str(c.dtype) == "int8" and c.shape == (8, 8, 1, 1) for c in result.model.constants()) == 1
+
+
+def test_without_data_nothing_is_guessed() -> None:
+    model, _ = chain()
+    result = run("quantize-qdq", model)
+    assert result.rewrites == 0
+    assert any("no calibration data" in str(r) for r in result.remarks)
+
+
+def test_a_pattern_that_means_nothing_is_an_error() -> None:
+    model, data = chain()
+    with pytest.raises(UsageError, match=r"'/head/\*' matches no node"):
+        run("quantize-qdq{exclude='/head/*'}", model, data=data)
+
+
+def test_more_samples_than_there_are_is_an_error() -> None:
+    model, data = chain()
+    with pytest.raises(UsageError, match="100 samples asked for"):
+        run("quantize-qdq{samples=100}", model, data=data)
+
+
+def test_a_gpu_without_int8_is_refused() -> None:
+    model, data = chain()
+    with pytest.raises(UnsupportedModel, match="sm75"):
+        run("quantize-qdq", model, Target("tensorrt-rtx", "sm75"), data)
+
+
+def test_an_old_opset_is_raised() -> None:
+    model, data = chain()
+    model.set_opset("", 11)
+    result = run("quantize-qdq", model, data=data)
+    assert result.rewrites == 2
+    assert result.model.opset == 13
+    assert any("opset raised from 11 to 13" in str(r) for r in result.remarks)
+
+
+def test_excluded_layers_stay_float_with_a_reason() -> None:
+    model, data = chain()
+    name = next(n.name for n in run("eliminate-dead", model).model.nodes() if n.op == "Conv")
+    result = run(f"quantize-qdq{{exclude='{name}'}}", model, data=data)
+    layers = onnxruntime_coverage(result.model, result.remarks)
+    assert [(layer.int8, layer.why) for layer in layers] == [(False, "excluded"), (True, "")]
+
+
+# ---------------------------------------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize(
+    ("name", "floor", "int8_layers"), [("mobilenet", 33, 18), ("resnet", 38, 16), ("concat", 34, 22), ("vit", 33, 14)]
+)
+def test_digits_nets_keep_their_accuracy_on_the_kernels_that_run(name: str, floor: float, int8_layers: int) -> None:
+    model, data = net(name)
+    result = run("quantize-qdq", model, data=data)
+    test = open_data({"x": DIGITS["x_test"]}, model.inputs)
+    judge = int8.Judge(model, test, DIGITS["y_test"])
+    written, kernels = judge.outputs(result.model, False), judge.outputs(result.model, True)
+    assert judge.sqnr(written) >= floor
+    assert judge.sqnr(kernels) >= judge.sqnr(written) - 1
+    assert judge.metric(kernels) >= judge.metric(judge.reference) - 0.3
+    layers = onnxruntime_coverage(result.model, result.remarks)
+    assert sum(layer.int8 for layer in layers) == int8_layers
+    assert all(layer.why for layer in layers if not layer.int8)
+    for node in result.model.nodes():
+        if node.op in ("Conv", "MatMul", "Gemm") and node.inputs[1].inputs:
+            codes = node.inputs[1].inputs[0].inputs[0]
+            if isinstance(codes, ir.Constant):
+                assert weights.pairs_at_risk(node, codes.values) == 0
+
+
+def test_the_search_returns_layers_to_float_until_the_drop_holds() -> None:
+    model, data = net("mobilenet")
+    wish = int8.Wish(
+        labels=DIGITS["y_calib"], max_drop=0.0, gate=False, options={"calibration": "entropy", "correct_bias": False}
+    )
+    found = int8.search(model, CPU, Pipeline(), data, wish=wish)
+    assert found.met
+    assert found.after >= found.before
+    replayed = found.pipeline.run(model, Context(target=CPU, data=data, evaluate=evaluate_node))
+    assert replayed.model.fingerprint() == found.result.model.fingerprint()
+    assert Pipeline.parse(str(found.pipeline)) == found.pipeline
+
+
+def test_sensitivity_ranks_every_quantized_layer() -> None:
+    model, data = net("resnet")
+    found = int8.sensitivity(model, CPU, data, limit=32)
+    assert len(found) == 16
+    assert [s.sqnr for s in found] == sorted(s.sqnr for s in found)
+    assert all(20 < s.sqnr < 120 for s in found)
+
+
+def test_rtx_runs_every_placed_layer_in_int8_without_round_trips(tmp_path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    from graphopt.backend import BuildOptions, ShapeRange
+    from graphopt.discovery import backend_for
+
+    model, data = net("resnet")
+    result = run("quantize-qdq", model, RTX, data)
+    shapes = {"x": ShapeRange((8, 1, 8, 8), (8, 1, 8, 8), (8, 1, 8, 8))}
+    artifact = backend_for(RTX.runtime)[1].emit(result.model, RTX, tmp_path, BuildOptions(shapes=shapes))
+    layers = kernel_coverage(result.model, artifact.kernels, result.remarks)
+    assert [layer.name for layer in layers if not layer.int8] == ["/fc/Gemm"]
+    assert sum(layer.int8 for layer in layers) == result.rewrites == 15
+    sums = [k for k in artifact.kernels if "AddRelu" in k.name and "Add_output" not in k.name and "Int8" in k.inputs]
+    assert sums
+    assert all(k.outputs == ("Int8",) for k in sums)
+
+
+def test_onnxruntime_is_the_version_whose_fusions_were_measured() -> None:
+    assert tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24)

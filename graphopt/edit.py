@@ -18,7 +18,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.errors import VerifyError
-from graphopt.ir import Constant, Graph, Model, Node, Variable, _clone_graph, fresh_names, subgraphs, walk
+from graphopt.ir import Constant, Graph, Model, Node, Variable, clone_graph, fresh_names, subgraphs, walk
 
 _MAX_ORIGIN = 256  # names; a chain of thousands folded one by one would carry all of them through every step
 _MANY = 64  # readers or operands from which one search for each change would be quadratic
@@ -336,7 +336,7 @@ def captures(graph: Graph) -> dict[int, gs.Tensor]:
 
 def copy_body(body: Graph, shared: Iterable[gs.Tensor] = ()) -> Graph:
     """A copy of `body` for `Editor.unpack`; it reads the same captured values, and the `shared` ones of its own."""
-    return _clone_graph(body, {id(t): t for t in [*captures(body).values(), *shared]})
+    return clone_graph(body, {id(t): t for t in [*captures(body).values(), *shared]})
 
 
 def reads(node: gs.Node) -> Iterator[gs.Tensor]:

@@ -155,7 +155,7 @@ class Model:
         carried.CopyFrom(self.carried)
         copies: dict[int, Any] = {}
         functions = list(self.graph.functions)  # never edited in place, so shared
-        graph = _clone_graph(self.graph, copies)
+        graph = clone_graph(self.graph, copies)
         graph._functions = functions
         return Model(graph, carried, self.source)
 
@@ -203,7 +203,7 @@ def _spec(tensor: gs.Tensor) -> TensorSpec:
     return TensorSpec(tensor.name, dtype, None if tensor.shape is None else tuple(tensor.shape))
 
 
-def _clone_graph(graph: Graph, copies: dict[int, Any]) -> Graph:
+def clone_graph(graph: Graph, copies: dict[int, Any]) -> Graph:
     """Copy `graph`; `copies` maps id(tensor) -> its copy for everything in scope."""
 
     def tensor(old: gs.Tensor) -> gs.Tensor:
@@ -220,7 +220,7 @@ def _clone_graph(graph: Graph, copies: dict[int, Any]) -> Graph:
 
     def attribute(value: Any) -> Any:
         if isinstance(value, gs.Graph):
-            return _clone_graph(value, copies)
+            return clone_graph(value, copies)
         if isinstance(value, list):
             return [attribute(v) for v in value]
         return value

@@ -42,12 +42,13 @@ class Inserter:
         self.edit.insert_before(anchor, node)
         return result
 
-    def weight(self, node: Node, quantized: Quantized) -> None:
+    def weight(self, node: Node, quantized: Quantized, zero: bool = True) -> None:
         """Let `node` read its weight as int8."""
         weight = node.inputs[1]
         key = (id(weight), quantized.axis, quantized.scale.tobytes())
         if key not in self._weights:
-            self._weights[key] = self.decoded(node, weight.name, quantized.codes, quantized.scale, quantized.axis)
+            codes, scale, axis = quantized.codes, quantized.scale, quantized.axis
+            self._weights[key] = self.decoded(node, weight.name, codes, scale, axis, zero)
             self._kept.append(weight)
         node.inputs[1] = self._weights[key]
 

@@ -20,7 +20,9 @@ class Signature:
 
     def __init__(self, model: Model) -> None:
         self._alive: list[Any] = []  # so that no id is used again while this snapshot lives
-        self._key = (self._graph(model.graph), model.carried.SerializeToString(deterministic=True))
+        self._alive.extend(f.carried for f in model.functions)
+        functions = tuple(id(f.carried) for f in model.functions)  # never changed in place
+        self._key = (functions, self._graph(model.graph), model.carried.SerializeToString(deterministic=True))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self._key == other._key

@@ -31,6 +31,9 @@ from graphopt.pass_base import Context, Exactness, Pass
 
 _MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
 _MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
+_ALIGNMENT: Final = (
+    8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
+)
 _BATCH: Final = 32
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
@@ -62,7 +65,9 @@ class PruneChannels(Pass):
     ratio: float = 0.3  # share of the cost to remove, 0 to 1
     target: Literal["macs", "params"] = "macs"  # the cost: multiply-accumulates of a sample, or parameters
     importance: Literal["obs", "activation", "l1", "l2", "median", "random"] = "obs"  # who goes first
-    align: int | None = 1  # kept widths are multiples of this where they were; none: what the target's hardware wants
+    align: int | None = (
+        None  # kept widths are multiples of this where they were; none: what the target wants, 8 without one
+    )
     keep: float = 0.1  # least share of each group's channels that stays
     exclude: tuple[str, ...] = ()  # globs of weights and nodes whose channels stay
     rounds: int = 1  # cuts, each followed by a repair
@@ -154,10 +159,10 @@ class PruneChannels(Pass):
         )
         costs = [allocation.damages(line, found) for line, found in zip(curves, points, strict=True)]
         now = groups.cost_model(self.target).total()
-        align = self.align if self.align is not None else ctx.target.traits.channel_alignment if ctx.target else 1
+        wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
 
         def allowed(index: int, position: int) -> bool:
-            return align == 1 or _aligned(curves[index], position, align)
+            return _aligned(curves[index], position, self.align, wish)
 
         taken, left = allocation.allocate(groups, curves, costs, goal / now, what=self.target, allowed=allowed)
         if left > goal / now * 1.001:
@@ -245,10 +250,12 @@ def _distance(original: Model, model: Model, feeds: Feeds) -> float:
     return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
 
 
-def _aligned(line: Curve, position: int, align: int) -> bool:
+def _aligned(line: Curve, position: int, align: int | None, wish: int) -> bool:
+    """Whether a family may stop here. What the hardware wishes (`align` is None) gives way in groups that are too narrow for it."""
     gone = set(line.removed(position))
     for group in line.family.groups:
         lost = len(gone.intersection(group.classes))
-        if (lost if group.width % align == 0 else group.width - lost) % align and lost:
+        step = align if align is not None else min(wish, 1 << (max(1, group.width // 2).bit_length() - 1))
+        if lost and (lost if group.width % step == 0 else group.width - lost) % step:
             return False
     return True

@@ -8,14 +8,13 @@ are symmetric int8 with one scale for each output channel; a bias becomes int32 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import onnx
 
 from graphopt.analyses import calibration, weights
-from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, sizes
+from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, selects, sizes
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.twins import Twin, best_ranges, judge
@@ -97,11 +96,6 @@ def _raise_opset(model: Model, ctx: Context) -> None:
     model.graph, model.carried = newer.graph, newer.carried
 
 
-def matches(node: Node, patterns: tuple[str, ...]) -> bool:
-    """Whether a name with ``*`` and ``?``, or an operator, among `patterns` means `node`."""
-    return any(p in (node.op, node.name) or fnmatchcase(node.name, p) for p in patterns)
-
-
 class _Run:
     def __init__(self, options: QuantizeQdq, model: Model, ctx: Context) -> None:
         self.options, self.model, self.ctx = options, model, ctx
@@ -113,7 +107,7 @@ class _Run:
 
     def run(self) -> int:
         for pattern in (*self.options.exclude, *self.options.only):
-            if not any(matches(n, (pattern,)) for n in self.model.nodes()):
+            if not any(selects((pattern,), n) for n in self.model.nodes()):
                 raise UsageError(f"quantize-qdq: {pattern!r} matches no node; graphopt inspect lists their names")
         chosen = self._choose()
         if not chosen:
@@ -160,9 +154,9 @@ class _Run:
         chosen = []
         for node in operators(self.model):
             reason = None
-            if matches(node, self.options.exclude):
+            if selects(self.options.exclude, node):
                 reason = "excluded"
-            elif self.options.only and not matches(node, self.options.only):
+            elif self.options.only and not selects(self.options.only, node):
                 reason = "not among those asked for"
             else:
                 reason = refusal(node, self.edit, shapes, self.model.opset)

@@ -18,7 +18,7 @@ from graphopt.models import path
 from graphopt.pipeline import Pipeline
 
 RUNS = settings(
-    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
+    derandomize=True, database=None, deadline=None, max_examples=100, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -360,7 +360,6 @@ def test_bisection_stops_between_single_rewrites() -> None:
     same_numbers(model, result.model)
 
 
-@pytest.mark.xfail(strict=False, reason="Signature does not see functions yet, so the driver takes this for no change")
 def test_an_unused_function_beside_a_used_one_of_its_domain_is_removed() -> None:
     model = ir.parse("""
         <ir_version: 10, opset_import: ["" : 21, "l" : 1]>

@@ -29,6 +29,7 @@ from graphopt.pass_base import Evaluate
 Array = np.ndarray[Any, Any]
 
 _DAMP: Final = 1e-3  # of the mean diagonal of H, so that its inverse exists
+_FINE: Final = 64  # families up to this width are weighed anew after each class, wider ones this often
 
 
 @dataclass
@@ -235,10 +236,11 @@ class Chooser:
                     total[root] += error
         return total
 
-    def remove(self, root: int) -> float:
-        """Take a class out; the relative error that it added."""
-        self.left.remove(root)
-        return sum(reader.remove(root) for reader in self.readers)
+    def remove(self, roots: Sequence[int]) -> float:
+        """Take classes out; the relative error that they added."""
+        gone = set(roots)
+        self.left = [c for c in self.left if c not in gone]
+        return sum(reader.remove(roots) for reader in self.readers)
 
     def rows(self) -> Mapping[int, list[Array]]:
         """Class -> the slices of the weights that compute it."""
@@ -285,6 +287,8 @@ class _Reader:
             if self.inverse is None:
                 assert self.diagonal is not None
                 errors = np.einsum("ocj,cj,ocj->c", w, self.diagonal[at], w)
+            elif at.shape[1] == 1:
+                errors = np.square(w[:, :, 0]).sum(0) / np.maximum(self.inverse[at[:, 0], at[:, 0]], 1e-30)
             else:
                 blocks = self.inverse[at[:, :, None], at[:, None, :]]
                 solved = np.linalg.solve(blocks, w.transpose(1, 2, 0))
@@ -292,22 +296,22 @@ class _Reader:
             found.update(zip(roots, (np.maximum(errors, 0) / self.site.scale).tolist(), strict=True))
         return found
 
-    def remove(self, root: int) -> float:
-        columns = self.columns.pop(root, None)
-        if columns is None:
+    def remove(self, roots: Sequence[int]) -> float:
+        taken = [self.columns.pop(root) for root in roots if root in self.columns]
+        if not taken:
             return 0.0
+        columns = np.concatenate(taken)
         w = self.weight[:, columns]
         if self.inverse is None:
             assert self.diagonal is not None
             error = float(np.einsum("oj,j,oj->", w, self.diagonal[columns], w))
-            self.weight[:, columns] = 0
-            return max(0.0, error) / self.site.scale
-        block = self.inverse[np.ix_(columns, columns)].astype(np.float64)
-        lines = self.inverse[columns]
-        gain = np.linalg.solve(block, lines).astype(np.float32)
-        error = float(np.einsum("oj,oj->", w, np.linalg.solve(block, w.T).T))
-        self.weight -= w @ gain
-        self.inverse -= lines.T @ gain
+        else:
+            block = self.inverse[np.ix_(columns, columns)].astype(np.float64)
+            lines = self.inverse[columns]
+            gain = np.linalg.solve(block, lines).astype(np.float32)
+            error = float(np.einsum("oj,oj->", w, np.linalg.solve(block, w.T).T))
+            self.weight -= w @ gain
+            self.inverse -= lines.T @ gain
         self.weight[:, columns] = 0
         return max(0.0, error) / self.site.scale
 
@@ -391,26 +395,45 @@ def curve(
     marks = sorted({max(1, round(limit * share)) for share in samples})
     total, refused = 0, set[int]()
     while True:
-        open_ = [c for c in chooser.left if gone[group_of[c]] < most[group_of[c]] and c not in refused]
-        if not open_:
-            break
         scores = selector(chooser)
-        seed_class = min(open_, key=lambda c: (scores[c], c))
-        bundle = groups.bundle(seed_class, open_, lambda c, s=scores: s[c])  # type: ignore[misc]
-        extra: dict[Group, int] = {}
-        for c in bundle or ():
-            extra[group_of[c]] = extra.get(group_of[c], 0) + 1
-        if bundle is None or any(gone[g] + n > most[g] for g, n in extra.items()):
-            refused.add(seed_class)
-            continue
-        error = sum(chooser.remove(c) for c in bundle)
-        for c in bundle:
-            gone[group_of[c]] += 1
-        total += len(bundle)
-        found.steps.append(bundle)
-        found.errors.append(found.errors[-1] + error)
+        batch: list[tuple[int, ...]] = []
+        for _ in range(max(1, len(chooser.left) // _FINE)):
+            taken = {c for bundle in batch for c in bundle}
+            free = [c for c in chooser.left if gone[group_of[c]] < most[group_of[c]] and c not in refused | taken]
+            bundle = _next(groups, free, scores, gone, most, group_of, refused)
+            if bundle is None:
+                break
+            for c in bundle:
+                gone[group_of[c]] += 1
+            batch.append(bundle)
+        if not batch:
+            return found
+        error = chooser.remove([c for bundle in batch for c in bundle]) / len(batch)
+        for bundle in batch:
+            total += len(bundle)
+            found.steps.append(bundle)
+            found.errors.append(found.errors[-1] + error)
         if marks and total >= marks[0]:
-            while marks and total >= marks[0]:
-                marks.pop(0)
+            marks = [mark for mark in marks if mark > total]
             found.weights[len(found.steps)] = [(r.site, r.weight.copy()) for r in chooser.readers]
-    return found
+
+
+def _next(
+    groups: ChannelGroups,
+    free: Sequence[int],
+    scores: Mapping[int, float],
+    gone: Mapping[Group, int],
+    most: Mapping[Group, int],
+    group_of: Mapping[int, Group],
+    refused: set[int],
+) -> tuple[int, ...] | None:
+    """The cheapest class that may go, with those that balance it; those that cannot are added to `refused`."""
+    for seed in sorted(free, key=lambda c: (scores[c], c)):
+        bundle = groups.bundle(seed, free, scores.__getitem__)
+        lost: dict[Group, int] = {}
+        for c in bundle or ():
+            lost[group_of[c]] = lost.get(group_of[c], 0) + 1
+        if bundle is not None and all(gone[g] + n <= most[g] for g, n in lost.items()):
+            return bundle
+        refused.add(seed)
+    return None

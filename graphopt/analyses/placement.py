@@ -11,8 +11,9 @@ which shares those of the block's first convolution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 import numpy as np
@@ -337,7 +338,9 @@ def operators(model: Model) -> Iterator[Node]:
             yield node
 
 
-Select = Callable[[Node], str | None]
+def selects(patterns: Sequence[str], node: Node) -> bool:
+    """Whether one of `patterns`, a name with ``*`` and ``?`` or an operator, means `node`."""
+    return any(p in (node.op, node.name) or fnmatchcase(node.name, p) for p in patterns)
 
 
 def sizes(node: Node) -> tuple[int, int]:

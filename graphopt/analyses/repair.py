@@ -28,6 +28,7 @@ from graphopt.pass_base import Evaluate
 Array = np.ndarray[Any, Any]
 Feeds = Sequence[Mapping[str, Array]]
 Values = list[Any]  # one array a feed
+Value = Callable[[int], Array]  # of a feed
 Places = Mapping[str, Sequence[Array | None]]  # tensor -> for each axis, the indices of the original that are left
 
 ROWS: Final = 1 << 13  # positions of a layer that go into its moments at least
@@ -160,7 +161,8 @@ def repair(
                 target, offsets = _target(first, second, layer, a, results, join, places, by_name)
                 last = (join or by_name[(layer.adder or layer.node).name]).outputs[0]
                 gated = bool(last.outputs) and all(r.op == "Relu" for r in last.outputs) and last.name not in returned
-                fits.append(_fit(layer, edit, second.get(b.inputs[0]), target, offsets, gated, seed + number))
+                takes = picks(layer, results[0], seed + number)
+                fits.append(_fit(layer, edit, second.get(b.inputs[0]), takes, target, offsets, gated))
             second_results = second.run(b, threads) if touched else results
             first.keep(a, results)
             second.keep(b, second_results)
@@ -217,27 +219,30 @@ def _target(
     join: Node | None,
     places: Places,
     by_name: Mapping[str, Node],
-) -> tuple[Values, Values | None]:
-    """What the layer's result, bias included, should be, and what will be added to it."""
-    values = results[0]
-    name = a.outputs[0].name
+) -> tuple[Value, Value | None]:
+    """What the layer's result, bias included, should be for a feed, and what will be added to it."""
+    values, name, shift = results[0], a.outputs[0].name, None
     if layer.adder is not None:
         adder = by_name[layer.adder.name]
-        bias = next(t for t in adder.inputs if isinstance(t, gs.Constant))
-        values = [v + bias.values for v in values]
+        shift = next(t for t in adder.inputs if isinstance(t, gs.Constant)).values
         name = adder.outputs[0].name
-    sliced = [_take(v, places.get(name, ())) for v in values]
+
+    def alone(feed: int) -> Array:
+        return _take(values[feed] if shift is None else values[feed] + shift, places.get(name, ()))
+
     if join is None:
-        return sliced, None
+        return alone, None
     other = next(t for t in join.inputs if t.name in second.values)
     if other.name not in first.values:
-        return sliced, None
-    here, there = first.get(other), second.get(other)
-    cut = places.get(other.name, ())
-    shapes_agree = all(_take(h, cut).shape == t.shape == s.shape for h, t, s in zip(here, there, sliced, strict=True))
-    if not shapes_agree:
-        return sliced, None
-    return [s + _take(h, cut) - t for h, t, s in zip(here, there, sliced, strict=True)], there
+        return alone, None
+    here, there, cut = first.get(other), second.get(other), places.get(other.name, ())
+    if not alone(0).shape == _take(here[0], cut).shape == there[0].shape:
+        return alone, None
+
+    def rest(feed: int) -> Array:
+        return np.asarray(alone(feed) + _take(here[feed], cut) - there[feed])
+
+    return rest, lambda feed: np.asarray(there[feed])
 
 
 def _take(array: Array, cut: Sequence[Array | None]) -> Array:
@@ -297,15 +302,20 @@ class _Rows:
 
 
 def _fit(
-    layer: Layer, edit: Editor, inputs: Values, target: Values, offsets: Values | None, gated: bool, seed: int
+    layer: Layer,
+    edit: Editor,
+    inputs: Values,
+    takes: Sequence[Array],
+    target: Value,
+    offsets: Value | None,
+    gated: bool,
 ) -> Fit:
     w = layer.matrix().astype(np.float64)
     groups, outputs, columns = w.shape
-    takes = picks(layer, target, seed)
     gated = gated and sum(map(len, takes)) * columns * groups <= KEPT_ROWS
     fitted, held = (_Rows(layer, w.shape, gated) for _ in range(2))
-    for index, (x, z, take) in enumerate(zip(inputs, target, takes, strict=True)):
-        offset = offsets[index] if offsets is not None else None
+    for index, (x, take) in enumerate(zip(inputs, takes, strict=True)):
+        z, offset = target(index), None if offsets is None else offsets(index)
         sample = take * len(x) // layer.positions(z) + index
         out = (sample % HELD_OUT) == 0 if len(inputs) > 1 or len(x) > 1 else np.zeros(len(take), bool)
         fitted.add(x, z, offset, take[~out])

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
-from graphopt.ir import Constant, Graph, Model
+from graphopt.ir import Constant, Graph, Model, Node, subgraphs
 from graphopt.pass_base import Context, Pass
 
 
@@ -53,12 +53,29 @@ class InlineIf(Pass):
             else:
                 ctx.remark(node, f"condition {node.inputs[0].name!r} is not known, and the branches differ")
                 continue
+            refusing = _refusing_reader(node, taken, shapes)
+            if refusing is not None:
+                ctx.remark(
+                    node, f"{refusing.name!r} ({refusing.op}) could not read what the branch returns, were it seen"
+                )
+                continue
             if not ctx.admit():
                 break
             edit.replace_node(node, edit.unpack(node, taken))
             inlined += 1
         edit.commit()
         return inlined
+
+
+def _refusing_reader(node: Node, taken: Graph, shapes: Shapes) -> Node | None:
+    """A reader that must not take what the branch returns; the If hides that from runtimes, which refuse to load it otherwise."""
+    known = {id(old): shapes.info(new) for old, new in zip(node.outputs, taken.outputs, strict=True)}
+    for tensor in node.outputs:
+        readers: list[Node] = list(tensor.outputs)
+        for reader in readers:
+            if reader.is_onnx and not subgraphs(reader) and shapes.refuses(reader, known):
+                return reader
+    return None
 
 
 def _same(left: Graph, right: Graph, paired: dict[int, gs.Tensor]) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 from graphopt.analyses import allocation
 from graphopt.analyses.channel_groups import ChannelGroups, Group, Kept, channel_groups
 from graphopt.analyses.importance import SELECTORS, Curve, curve, families, sites
-from graphopt.analyses.repair import Feeds, Fit
+from graphopt.analyses.repair import Feeds, Fit, live_bytes
 from graphopt.analyses.repair import repair as fit_to
 from graphopt.edit import Editor, cleanup
 from graphopt.errors import UsageError, UserError
@@ -34,6 +34,7 @@ _MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
 _ALIGNMENT: Final = (
     8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
 )
+_MEMORY: Final = 5 << 29  # bytes of activations
 _BATCH: Final = 32
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
@@ -88,7 +89,7 @@ class PruneChannels(Pass):
         if groups.cost_model(self.target).total() <= full * (1 - self.ratio) * 1.001:
             return 0
         self._require_prunable(groups)
-        feeds = _feeds(ctx, self.samples)
+        feeds = _feeds(ctx, groups, self.samples)
         if not feeds:
             ctx.remark(None, "no calibration data: norms of weights decide, and nothing is repaired")
         original, places = model.clone(), Places()
@@ -241,8 +242,14 @@ class PruneChannels(Pass):
             )
 
 
-def _feeds(ctx: Context, most: int) -> Feeds:
-    return [] if ctx.data is None else list(ctx.data.feeds(_BATCH, most))
+def _feeds(ctx: Context, groups: ChannelGroups, most: int) -> Feeds:
+    """The samples, no more than two models side by side can hold in `_MEMORY` bytes."""
+    if ctx.data is None:
+        return []
+    room = max(2, _MEMORY // max(1, 2 * live_bytes(groups.model, groups.shapes)))
+    if room < most and (ctx.data.count is None or room < ctx.data.count):
+        ctx.remark(None, f"{room} samples are read, for more their activations would need over {_MEMORY >> 20} MiB")
+    return list(ctx.data.feeds(min(_BATCH, room), min(room, most)))
 
 
 def _distance(original: Model, model: Model, feeds: Feeds) -> float:

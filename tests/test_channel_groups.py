@@ -189,14 +189,14 @@ class Maker:
                 c = self.emit("Concat", [self.emit("Relu", [a])[0], b][:: self.draw(st.sampled_from([1, -1]))], axis=1)
                 return self.image(c[0], width)
             case "shuffle":
-                g = self.draw(st.sampled_from([g for g in (2, 3, 4) if width % g == 0]))
+                g = self.draw(st.sampled_from([g for g in (1, 2, 3, 4) if width % g == 0]))
                 a = self.emit("Reshape", [x, self.ints(0, g, width // g, 4, 4)])[0]
                 b = self.emit("Transpose", [a], perm=[0, 2, 1, 3, 4])[0]
                 return self.image(self.emit("Reshape", [b, self.ints(-1, width, 4, 4)])[0], width)
             case "depthwise":
                 return self.conv(x, width * self.draw(st.sampled_from([1, 2])), width, 3)
             case "grouped":
-                return self.conv(x, width, self.draw(st.sampled_from([g for g in (2, 3) if width % g == 0])), 3)
+                return self.conv(x, width, self.draw(st.sampled_from([g for g in (1, 2, 3) if width % g == 0])), 3)
             case "se":
                 pooled = self.image(self.emit("GlobalAveragePool", [x])[0], width)
                 hidden = self.image(self.emit("Relu", [self.conv(pooled, 3)])[0], 3)

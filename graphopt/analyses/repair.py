@@ -11,6 +11,7 @@ Memory is that of the activations alive at one node plus the moments of one laye
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses.gram import MAX_COLUMNS, RIDGES, Layer, Moments, layers, ridge
+from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor, captures
 from graphopt.ir import Model, Node, subgraphs
 from graphopt.pass_base import Evaluate
@@ -85,6 +87,23 @@ class Runner:
             self._left[tensor.name] -= 1
             if not self._left[tensor.name]:
                 self.values.pop(tensor.name, None)
+
+
+def live_bytes(model: Model, shapes: Shapes) -> int:
+    """The most bytes of activations that are alive at once for one sample, while `Runner` goes through the model."""
+    last: dict[str, int] = {}
+    for number, node in enumerate(model.graph.nodes):
+        last.update((tensor.name, number) for tensor in _operands(node))
+    sizes: dict[str, int] = {}
+    most = 0
+    for number, node in enumerate(model.graph.nodes):
+        for tensor in node.outputs:
+            dims = [d if isinstance(d, int) else 1 for d in shapes.shape(tensor) or ()]
+            dtype = shapes.dtype(tensor)
+            sizes[tensor.name] = math.prod(dims) * (dtype.itemsize if dtype is not None else 4)
+        most = max(most, sum(sizes.values()))
+        sizes = {name: size for name, size in sizes.items() if last.get(name, -1) > number}
+    return most
 
 
 def _operands(node: Node) -> list[gs.Tensor]:

@@ -229,9 +229,9 @@ def svg(rows: Sequence[dict[str, Any]]) -> str:
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
             parts.extend(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at)
     for number, (way, colour) in enumerate(colours.items()):
-        x = gap + number * 180
-        parts.append(f'<circle cx="{x}" cy="{high + 92}" r="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 10}" y="{high + 96}">{told[way]}</text>')
+        at_x = gap + number * 180
+        parts.append(f'<circle cx="{at_x}" cy="{high + 92}" r="4" fill="{colour}"/>')
+        parts.append(f'<text x="{at_x + 10}" y="{high + 96}">{told[way]}</text>')
     parts.append(f'<text x="{gap + 560}" y="{high + 96}">top-1, per cent of the original\'s</text>')
     return "\n".join([*parts, "</svg>", ""])
 

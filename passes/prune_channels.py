@@ -130,6 +130,8 @@ class PruneChannels(Pass):
         if self._free(groups):
             return
         reasons = groups.blocked()[:5]
+        if any(group.width > 1 for group in groups.groups):
+            reasons = [f"exclude={','.join(self.exclude)} covers all {len(groups.groups)} groups that could be"]
         told = "; ".join(reasons) if reasons else "no Conv, Gemm or MatMul reads what another one computes"
         raise UserError(f"prune-channels: no channel of this model can be removed: {told}")
 

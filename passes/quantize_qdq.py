@@ -15,6 +15,7 @@ import onnx
 
 from graphopt.analyses import calibration, weights
 from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, selects, sizes
+from graphopt.analyses.quantized import forms
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.twins import Twin, best_ranges, judge
@@ -109,16 +110,20 @@ class _Run:
         for pattern in (*self.options.exclude, *self.options.only):
             if not any(selects((pattern,), n) for n in self.model.nodes()):
                 raise UsageError(f"quantize-qdq: {pattern!r} matches no node; graphopt inspect lists their names")
+        known = forms(self.model)
+        if known:
+            told = ", ".join(f"{count} {form}" for form, count in known.items())
+            self.ctx.remark(None, f"quantized already in part ({told}): kept as it is, what is float is added")
         chosen = self._choose()
         if not chosen:
             return 0
         plan = Placer(self.model, self.edit, chosen, self.chains).plan()
         missing = self._calibrate(plan)
         while missing:  # without data: keep what has known ranges
-            known = [n for n in chosen if not self._touches(n, missing)]
-            if not known or len(known) == len(chosen):
+            rest = [n for n in chosen if not self._touches(n, missing)]
+            if not rest or len(rest) == len(chosen):
                 return 0
-            chosen = known
+            chosen = rest
             plan = Placer(self.model, self.edit, chosen, self.chains).plan()
             missing = self._unknown(plan)
         admitted = []

@@ -205,7 +205,8 @@ class Maker:
             case "scale":
                 return self.image(self.emit("Mul", [self.random(width, 1, 1), x])[0], width)
             case "slice":
-                start, stop = self.draw(st.integers(0, 1)), self.draw(st.integers(2, width))
+                start = self.draw(st.integers(0, min(1, width - 2)))
+                stop = self.draw(st.integers(start + 2, width))
                 stop = self.draw(st.sampled_from([stop, stop - width])) if stop < width else stop
                 cut = self.emit("Slice", [x, self.ints(start), self.ints(stop), self.ints(1)])[0]
                 return self.image(cut, len(range(width)[start:stop]))

@@ -11,6 +11,7 @@ import pytest
 
 from graphopt import int8, ir, models
 from graphopt.analyses import weights
+from graphopt.analyses.quantized import forms
 from graphopt.coverage import kernel_coverage, onnxruntime_coverage
 from graphopt.data import open_data
 from graphopt.elements import Node
@@ -179,6 +180,36 @@ def test_a_model_is_never_quantized_twice() -> None:
     again = run("quantize-qdq", first.model, data=data)
     assert again.rewrites == 0
     assert any("quantized already" in str(r) for r in again.remarks)
+
+
+def test_every_form_of_quantization_is_recognised() -> None:
+    vit, data = net("vit")
+    assert forms(vit) == {}
+    assert forms(run("quantize-dynamic", vit).model) == {"dynamic codes": 23}
+    assert forms(run("quantize-weights", vit).model) == {"weights alone": 14}
+    assert list(forms(run("quantize-qdq", vit, data=data).model)) == ["Q/DQ pairs"]
+
+
+def test_dynamic_products_run_in_int8_and_weights_alone_shrink_the_file() -> None:
+    vit, _ = net("vit")
+    judge = int8.Judge(vit, open_data({"x": DIGITS["x_test"]}, vit.inputs), DIGITS["y_test"])
+    dynamic = run("quantize-dynamic", vit).model
+    found = judge.outputs(dynamic, True)
+    assert judge.sqnr(found) > 33
+    assert judge.metric(found) >= judge.metric(judge.reference) - 0.3
+    stored = run("quantize-weights", vit).model
+    assert stored.nbytes < 0.35 * vit.nbytes
+    assert judge.sqnr(judge.outputs(stored, True)) > 38
+
+
+def test_embeddings_get_a_scale_for_each_row() -> None:
+    rows = RNG.standard_normal((50, 16)) * np.geomspace(1e-3, 1e3, 50)[:, None]
+    model = random_model("g (int64[2,3] i) => (float[2,3,16] y) { y = Gather (table, i) }", table=rows)
+    result = run("quantize-weights", model)
+    assert result.rewrites == 1
+    sample = {"i": np.array([[0, 1, 49], [7, 7, 30]])}
+    before, after = (Evaluator(m).run(sample)["y"] for m in (model, result.model))
+    assert (np.abs(before - after) <= np.abs(before).max(axis=-1, keepdims=True) / 253).all()
 
 
 def test_tied_weights_are_quantized_once() -> None:

@@ -217,17 +217,17 @@ def svg(rows: Sequence[dict[str, Any]]) -> str:
             y = top + high - high * mark / 100
             parts.append(f'<line x1="{left}" x2="{left + wide}" y1="{y}" y2="{y}" stroke="#dddddd"/>')
             parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{mark}</text>')
-        for mark in (0.4, 0.6, 0.8, 1.0):
-            x = left + wide * (1 - mark) / 0.7
-            parts.append(f'<text x="{x}" y="{top + high + 16}" text-anchor="middle">{mark:.1f}</text>')
+        for tick in (0.4, 0.6, 0.8, 1.0):
+            x = left + wide * (1 - tick) / 0.7
+            parts.append(f'<text x="{x}" y="{top + high + 16}" text-anchor="middle">{tick:.1f}</text>')
         what = "parameters" if key == "params" else "MACs"
         parts.append(f'<text x="{left + wide / 2}" y="{top + high + 34}" text-anchor="middle">{what} left</text>')
         for way, colour in colours.items():
             dots = [(1.0, 100.0)] + [(row[key], 100 * row[way] / row["original"]) for row in mine]
-            at = [(left + wide * (1 - x) / 0.7, top + high - high * y / 100) for x, y in dots]
-            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+            at = [(left + wide * (1 - kept) / 0.7, top + high - high * share / 100) for kept, share in dots]
+            line = " ".join(f"{px:.1f},{py:.1f}" for px, py in at)
             parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-            parts.extend(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in at)
+            parts.extend(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in at)
     for number, (way, colour) in enumerate(colours.items()):
         at_x = gap + number * 180
         parts.append(f'<circle cx="{at_x}" cy="{high + 92}" r="4" fill="{colour}"/>')

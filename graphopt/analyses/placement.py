@@ -40,6 +40,7 @@ MOVING: Final = frozenset(
         "Gather",
         "DepthToSpace",
         "Resize",
+        "Pad",
         "Identity",
     ]
 )  # of one value and some parameters; what comes out are codes that went in
@@ -229,9 +230,18 @@ class Placer:
             return "moving"
         if node.op == "Resize" and node.attrs.get("mode", "nearest") != "nearest":
             return None
+        if node.op == "Pad" and not self._pads_with_zeros(node):
+            return None
         if node.op == "Gather" and isinstance(node.inputs[0], gs.Constant):
             return None
         return "moving" if node.op in MOVING and len(node.outputs) == 1 else None
+
+    def _pads_with_zeros(self, node: Node) -> bool:
+        """0 is always a code; ONNX Runtime pads in float, but codes of one scale around it lose nothing and keep sums in int8."""
+        if node.attrs.get("mode", "constant") != "constant":
+            return True
+        value = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+        return value is None or (self.edit.is_fixed(value) and not np.any(value.values))
 
     def _carries(self, node: Node, wanted: set[int]) -> str | None:
         """Mark the output of a carrier whose operands all have codes; returns its kind."""

@@ -254,3 +254,32 @@ def test_both_models_run_in_one_engine() -> None:
     assert old.inputs
     reference = ir.parse("g (bfloat16[3] x) => (bfloat16[3] y) { y = Exp (x) }")
     assert compare(reference, reference).engine == "reference"
+
+
+TAIL = """g (float[4,8] x) => (float[4,1] y)
+<float[8,1] w = {1, 1, 1, 1, 1, 1, 1, 1}, float b = {BIAS}>
+{ s = MatMul (x, w)
+  t = Add (s, b)
+  y = Sigmoid (t) }"""
+
+
+def test_a_sigmoid_in_its_tail_is_judged_by_its_own_sensitivity() -> None:
+    reference = ir.parse(TAIL.replace("BIAS", "-14"))
+    rounded = ir.parse(TAIL.replace("BIAS", "-14.000002"))
+    found = equivalence.compare(reference, rounded, allowed=1e-7)
+    assert found.worst is not None
+    assert found.worst.relative > 1e-7
+    assert found.worst.sensitivity > 0
+    assert found.equal
+
+
+def test_a_sigmoid_in_its_tail_that_moved_further_is_refused() -> None:
+    reference = ir.parse(TAIL.replace("BIAS", "-14"))
+    wrong = ir.parse(TAIL.replace("BIAS", "-13.9"))
+    assert not equivalence.compare(reference, wrong, allowed=1e-7).equal
+
+
+def test_an_exact_rewrite_gets_no_allowance_for_sensitivity() -> None:
+    reference = ir.parse(TAIL.replace("BIAS", "-14"))
+    rounded = ir.parse(TAIL.replace("BIAS", "-14.000002"))
+    assert not equivalence.compare(reference, rounded).equal

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint simplify clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml
@@ -21,6 +21,9 @@ lint: .venv/.installed
 
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest -q -n 2
+
+simplify: .venv/.installed  ## nodes, CPU seconds and memory beside the peers; PEERS is a Python with benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.simplify $(if $(PEERS),--python $(PEERS))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,6 +34,12 @@ RUNTIMES: Final[dict[str, Traits]] = {
 }
 
 _COMPUTE_CAPABILITY = re.compile(r"sm\d{2,3}")
+CPU_FEATURES: Final = {  # name in a target -> flags in /proc/cpuinfo, any of which tells it
+    "avx2": {"avx2"},
+    "avx512f": {"avx512f"},
+    "vnni": {"avx512_vnni", "avx_vnni"},
+    "amx": {"amx_int8"},
+}
 _DEVICE_NAME = re.compile(r"[A-Za-z][\w.-]*")
 
 
@@ -63,6 +69,10 @@ class Target:
         if runtime == "ort":
             if device and not _DEVICE_NAME.fullmatch(device):
                 raise UnknownTarget(f"target {text!r}: {device!r} is no execution provider; try ort:cpu or ort:cuda")
+            if device.startswith("cpu-") and device.removeprefix("cpu-") not in CPU_FEATURES:
+                raise UnknownTarget(
+                    f"target {text!r}: a CPU is one of {', '.join(f'cpu-{name}' for name in CPU_FEATURES)}, or cpu"
+                )
         elif device and not all(_COMPUTE_CAPABILITY.fullmatch(part) for part in device.split("+")):
             raise UnknownTarget(
                 f"target {text!r}: a TensorRT device is one or more of smNN joined by '+', as in sm86+sm89"
@@ -96,5 +106,4 @@ def cpu_features() -> frozenset[str]:
         if line.startswith("flags"):
             flags = set(line.partition(":")[2].split())
             break
-    names = {"avx2": {"avx2"}, "avx512f": {"avx512f"}, "vnni": {"avx512_vnni", "avx_vnni"}, "amx": {"amx_int8"}}
-    return frozenset(name for name, markers in names.items() if markers & flags)
+    return frozenset(name for name, markers in CPU_FEATURES.items() if markers & flags)

@@ -13,7 +13,8 @@ import pytest
 import graphopt
 
 ROOT = Path(__file__).parents[1]
-CORE = sorted([*(ROOT / "graphopt").glob("*.py"), *(ROOT / "graphopt/analyses").glob("*.py")])
+COMMANDS = sorted([ROOT / "graphopt/cli.py", *(ROOT / "graphopt/commands").glob("*.py")])
+CORE = sorted({*(ROOT / "graphopt").glob("*.py"), *(ROOT / "graphopt/analyses").glob("*.py")} - set(COMMANDS))
 PASSES, BACKENDS, MODELS = (sorted((ROOT / room).glob("*.py")) for room in ("passes", "backends", "models"))
 ROOMS = ("graphopt.passes", "graphopt.backends", "graphopt.models")
 RUNTIMES = {"onnxruntime", "tensorrt", "tensorrt_rtx", "pycuda", "cuda", "torch", "onnxruntime_extensions"}
@@ -60,20 +61,33 @@ def test_core_names_no_pass_no_backend_and_no_runtime_at_import(path: Path) -> N
     for module, now, line in imports(path):
         where = f"{path.name}:{line} imports {module}"
         assert not of(module, "graphopt.passes", "graphopt.backends"), where
-        if path.name == "cli.py":
-            assert not now or known(module, {"graphopt"} | COMMAND_LINE), where
-        else:
-            assert not of(module, "graphopt.models") or not now, where
-            assert known(module, {"graphopt"} | THIRD_PARTY | COMMAND_LINE | (set() if now else RUNTIMES)), where
+        assert not of(module, "graphopt.models") or not now, where
+        assert not of(module, "graphopt.cli", "graphopt.commands"), where
+        assert known(module, {"graphopt"} | THIRD_PARTY | COMMAND_LINE | (set() if now else RUNTIMES)), where
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda p: p.name)
+def test_commands_import_at_once_only_what_help_needs(path: Path) -> None:
+    light = ("graphopt.commands", "graphopt.errors")
+    for module, now, line in imports(path):
+        where = f"{path.name}:{line} imports {module}"
+        assert not of(module, "graphopt.passes", "graphopt.backends"), where
+        assert not now or of(module, *light) or known(module, COMMAND_LINE), where
 
 
 @pytest.mark.parametrize("path", PASSES, ids=lambda p: p.name)
 def test_a_pass_imports_the_core_only(path: Path) -> None:
     for module, _, line in imports(path):
         where = f"{path.name}:{line} imports {module}"
-        assert not of(module, *ROOMS, "graphopt.evaluate", "graphopt.pipeline", "graphopt.discovery", "graphopt.cli"), (
-            where
-        )
+        assert not of(
+            module,
+            *ROOMS,
+            "graphopt.evaluate",
+            "graphopt.pipeline",
+            "graphopt.discovery",
+            "graphopt.cli",
+            "graphopt.commands",
+        ), where
         assert known(module, {"graphopt"} | THIRD_PARTY), where
 
 
@@ -82,7 +96,7 @@ def test_a_backend_imports_the_core_and_its_runtime_inside_functions(path: Path)
     for module, now, line in imports(path):
         where = f"{path.name}:{line} imports {module}"
         helper = of(module, "graphopt.backends") and module.split(".")[2].startswith("_")
-        assert helper or not of(module, *ROOMS, "graphopt.cli"), where
+        assert helper or not of(module, *ROOMS, "graphopt.cli", "graphopt.commands"), where
         assert known(module, {"graphopt"} | THIRD_PARTY | (set() if now else RUNTIMES)), where
 
 
@@ -132,5 +146,5 @@ def test_public_names_are_few_and_all_there() -> None:
 
 
 def test_every_core_module_says_what_it_is() -> None:
-    for path in [*CORE, *PASSES, *BACKENDS, *MODELS]:
+    for path in [*CORE, *COMMANDS, *PASSES, *BACKENDS, *MODELS]:
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -149,7 +149,7 @@ def test_no_extra_installs_onnxruntime_gpu_which_would_overwrite_onnxruntime() -
 
 def test_every_dependency_is_a_real_import_of_the_core() -> None:
     """What is not imported need not be installed."""
-    source = "\n".join(p.read_text() for room in ROOMS for p in (ROOT / room).glob("*.py"))
+    source = "\n".join(p.read_text() for room in ROOMS for p in (ROOT / room).rglob("*.py"))
     for name in requirements(PROJECT["project"]["dependencies"]):
         assert re.search(rf"^\s*(import|from) {name.replace('-', '_')}\b", source, re.MULTILINE), name
 

@@ -1,0 +1,88 @@
+"""What the commands print on: tables and data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from graphopt.errors import GraphoptError
+
+if TYPE_CHECKING:
+    from graphopt.backend import Progress
+    from graphopt.target import Target
+
+_WIDTH = 140  # columns of tables that go to a file or pipe
+out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+
+
+def complain(error: GraphoptError) -> None:
+    """Tell of an error, and of what was noted on it."""
+    err.print(f"error: {error}", markup=False, soft_wrap=True)
+    for note in getattr(error, "__notes__", ()):
+        err.print(note, markup=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Tell something that the user should hear; on stderr."""
+    err.print(f"note: {text}", markup=False, soft_wrap=True)
+
+
+def mute_stdout() -> None:
+    """Let nothing that is still buffered fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def to_stdout(data: bytes) -> None:
+    """Write bytes that are the result of a command."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Any]:
+    """Gives a function Target -> progress callback; the bar shows on a terminal only."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.fields[target]}"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+
+        def for_target(target: Target) -> Progress:
+            task = bar.add_task("starting", total=1.0, target=str(target))
+
+            def update(phase: str, share: float) -> bool:
+                bar.update(task, completed=share, description=escape(phase))
+                return True
+
+            return update  # type: ignore[return-value]  # our Progress, not Rich's
+
+        yield for_target
+
+
+def bundle_table(manifest: Any, title: str) -> Table:
+    """The variants of a bundle as a Rich table."""
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("target", "file"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("MB", "nodes", "max abs diff", "latency", "kernels"):
+        table.add_column(heading, justify="right")
+    for variant in manifest["variants"]:
+        proof, latency = variant["proof"], variant.get("latency")
+        table.add_row(
+            variant["target"],
+            ", ".join(f["name"] for f in variant["files"]),
+            f"{sum(f['bytes'] for f in variant['files']) / 1e6:.2f}",
+            f"{variant['nodes']['before']} -> {variant['nodes']['after']}",
+            "not proven" if "unproven" in proof else f"{proof['max_abs']:.2g}",
+            f"x{latency['ratio']:.2f} ({latency['verdict']})" if latency else "-",
+            str(len(variant["kernels"])) if variant["kernels"] else "-",
+        )
+    return table

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint simplify clean
+.PHONY: demo test lint docs simplify clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml
@@ -25,5 +25,8 @@ test: lint  ## everything CI runs
 simplify: .venv/.installed  ## nodes, CPU seconds and memory beside the peers; PEERS is a Python with benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.simplify $(if $(PEERS),--python $(PEERS))
 
+docs: .venv/.installed  ## the documentation, into site/; dead links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv build dist *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv site build dist *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from graphopt import ort_values, verify
+from graphopt import isolation, ort_values, verify
 from graphopt.backend import Arrays, Artifact, Availability, Backend, BuildOptions, Progress, Session, check_shapes
 from graphopt.equivalence import check_feeds
 from graphopt.errors import BackendUnavailable, InvalidModel, UnknownTarget, UnsupportedModel, UsageError
@@ -102,7 +102,8 @@ class OrtSession(Session):
         wanted, providers = _select(target, settings)
         title = f"ONNX Runtime {ort.__version__}"
         try:
-            self._session = ort.InferenceSession(str(path), settings, enable_fallback=False, **providers)
+            with isolation.step(f"ONNX Runtime: loading {path.name!r}"):
+                self._session = ort.InferenceSession(str(path), settings, enable_fallback=False, **providers)
         except Exception as error:
             raise UnsupportedModel(f"{title} refuses {path.name!r}: {_reason(error)}; {_advice(error)}") from None
         if wanted not in self._session.get_providers():  # ONNX Runtime goes on without a provider that does not start
@@ -116,7 +117,8 @@ class OrtSession(Session):
         """Compute all outputs, by name."""
         check_feeds(self.inputs, feeds)
         try:
-            values = ort_values.run(self._session, feeds)
+            with isolation.step("ONNX Runtime: running the model"):
+                values = ort_values.run(self._session, feeds)
         except Exception as error:
             raise UsageError(f"ONNX Runtime failed on these inputs: {_reason(error)}") from None
         return dict(zip((s.name for s in self.outputs), values, strict=True))

@@ -28,7 +28,7 @@ from typing import Any, Final
 import numpy as np
 import onnx
 
-from graphopt import ir
+from graphopt import ir, isolation
 from graphopt.backend import (
     Artifact,
     Availability,
@@ -516,7 +516,9 @@ def _compile(
         monitor.check()
         path = Path(temporary) / "model.onnx"
         ir.save(model, path, external=True if model.nbytes > EXTERNAL_ABOVE else None)
-        if not parser.parse_from_file(str(path)):
+        with isolation.step(f"{title}: parsing the model"):
+            parsed = parser.parse_from_file(str(path))
+        if not parsed:
             raise UnsupportedModel(_refusal(parser, log, model, title))
         ranges = _ranges(network, model, options.shapes)
         remarks: list[str] = []
@@ -532,7 +534,8 @@ def _compile(
         config.progress_monitor = monitor.attach(trt)
         log.errors.clear()
         begin = time.perf_counter()
-        plan = builder.build_serialized_network(network, config)
+        with isolation.step(f"{title}: building the engine"):
+            plan = builder.build_serialized_network(network, config)
         seconds = time.perf_counter() - begin
     if plan is None and flavor.ahead_of_time:
         _settle(trt)
@@ -667,6 +670,7 @@ class _Monitor:
     def report(self, phase: str, share: float) -> bool:
         """Tell the caller; False once it has cancelled."""
         self._share = max(self._share, min(share, 1.0))
+        isolation.progress()
         if self.progress is not None and not self.cancelled:
             try:
                 self.cancelled = not self.progress(phase, self._share)

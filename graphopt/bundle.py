@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from graphopt import isolation
 from graphopt.backend import Arrays, Artifact, BuildOptions, Session, ShapeRange
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, GraphoptError, InvalidModel, OutputError, UserError
@@ -251,6 +252,7 @@ def staged(out: Path) -> Iterator[Path]:
         made += _make_folders(place.parent)
         inside = place.is_dir() and _is_pinned(place)
         stage = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place if inside else place.parent))
+        isolation.scratch(stage)
         yield stage
         if inside:
             _refill(stage, place, known)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -61,8 +62,13 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line on `arguments` and return the exit code; what goes wrong is told on stderr, not raised."""
+    return exit_code(lambda: app(args=list(arguments), prog_name="graphopt", standalone_mode=False))
+
+
+def exit_code(call: Callable[[], Any]) -> int:
+    """Make `call` and return the exit code that its result or its error means; errors are told on stderr."""
     try:
-        code = app(args=list(arguments), prog_name="graphopt", standalone_mode=False)
+        code = call()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except SystemExit as end:
@@ -82,6 +88,8 @@ def run(arguments: Sequence[str]) -> int:
         mute_stdout()
         complain(OutputError(f"cannot write the output: {error.strerror}; free some space or name another place"))
         return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except (InternalError, GraphoptError) as error:
         traceback.print_exc()
         complain(error)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt import isolation
 from graphopt.backend import Kernel
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import Model, Node, save
@@ -71,7 +72,8 @@ def onnxruntime_coverage(model: Model, remarks: Sequence[Remark] = ()) -> list[L
         options.log_severity_level = 4
         options.optimized_model_filepath = str(written)
         try:
-            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+            with isolation.step("ONNX Runtime: loading the model"):
+                ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise UnsupportedModel(f"ONNX Runtime refuses the model: {' '.join(str(error).split())[:300]}") from None
         graph = onnx.load(str(written), load_external_data=False).graph

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt import isolation
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, Node, Variable, numpy_dtype, save, saves
 
@@ -74,7 +75,7 @@ class Evaluator:
             UnsupportedModel: the model cannot be run on these inputs.
         """
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), isolation.step(f"{self.engine}: running the model"):
                 warnings.simplefilter("ignore")  # overflow and division in a model are its own affair
                 values = self._session.run(None, dict(feeds))
         except Exception as error:
@@ -89,11 +90,13 @@ def _ort_session(model: Model | bytes) -> Any:
 
     if isinstance(model, bytes) or model.nbytes <= EXTERNAL_ABOVE:
         data = model if isinstance(model, bytes) else saves(model)
-        return ort.InferenceSession(data, _quiet_options(), providers=["CPUExecutionProvider"])
+        with isolation.step("ONNX Runtime: loading the model"):
+            return ort.InferenceSession(data, _quiet_options(), providers=["CPUExecutionProvider"])
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         path = Path(folder) / "model.onnx"
         save(model, path)
-        return ort.InferenceSession(str(path), _quiet_options(), providers=["CPUExecutionProvider"])
+        with isolation.step("ONNX Runtime: loading the model"):
+            return ort.InferenceSession(str(path), _quiet_options(), providers=["CPUExecutionProvider"])
 
 
 def evaluate_node(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from graphopt import coverage, measure
+from graphopt import coverage, isolation, measure
 from graphopt.analyses import weights
 from graphopt.analyses.placement import operators
 from graphopt.analyses.twins import Switches, Twin
@@ -158,7 +158,11 @@ class Judge:
     def outputs(self, model: Model, optimized: bool) -> list[list[Array]]:
         """The outputs for each feed; `optimized`: on the kernels that ONNX Runtime would run, else as written."""
         session = _session(model, optimized)
-        return [[np.asarray(v) for v in session.run(None, feeds)] for feeds in self.feeds]
+        found = []
+        for feeds in self.feeds:
+            with isolation.step("int8: measuring the model"):
+                found.append([np.asarray(v) for v in session.run(None, feeds)])
+        return found
 
     def metric(self, found: list[list[Array]]) -> float:
         """Percent of samples classified as the labels say; without labels, as the float model does."""
@@ -190,7 +194,8 @@ def _session(model: Model, optimized: bool, threads: int | None = None) -> Any:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
-    return ort.InferenceSession(saves(model), options, providers=["CPUExecutionProvider"])
+    with isolation.step("int8: loading the model in ONNX Runtime"):
+        return ort.InferenceSession(saves(model), options, providers=["CPUExecutionProvider"])
 
 
 def search(

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
 
-from graphopt import verify
+from graphopt import isolation, verify
 from graphopt.discovery import find_pass, nearest, pass_modules
 from graphopt.edit import cleanup, name_nodes
 from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, UnknownPass
@@ -246,6 +246,11 @@ class _Run:
     def one_pass(self, step: Pass, round_number: int) -> int:
         name = step.pass_name()
         self.ctx.running = name
+        with isolation.step(f"pass {name}"):
+            return self.watched_pass(step, name, round_number)
+
+    def watched_pass(self, step: Pass, name: str, round_number: int) -> int:
+        """Run a pass between its instruments."""
         try:
             for instrument in self.instruments:
                 instrument.before_pass(step, self.model, self.ctx)

@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt import isolation
 from graphopt.edit import cycle_text, sort
 from graphopt.errors import InvalidModel, UnsupportedModel
 from graphopt.ir import EXTERNAL_ABOVE, Constant, Graph, Model, TensorSpec, save, saves, subgraphs
@@ -205,13 +206,14 @@ def full(model: Model) -> None:
         InvalidModel: with the checker's first words.
     """
     try:
-        if model.nbytes > EXTERNAL_ABOVE:
-            with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
-                path = Path(folder) / "model.onnx"
-                save(model, path)
-                onnx.checker.check_model(str(path), full_check=True)
-        else:
-            onnx.checker.check_model(saves(model), full_check=True)
+        with isolation.step("onnx.checker"):
+            if model.nbytes > EXTERNAL_ABOVE:
+                with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+                    path = Path(folder) / "model.onnx"
+                    save(model, path)
+                    onnx.checker.check_model(str(path), full_check=True)
+            else:
+                onnx.checker.check_model(saves(model), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InvalidModel(f"onnx.checker: {' '.join(lines)[:400]}") from None

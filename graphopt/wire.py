@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
+from graphopt import isolation
 from graphopt.elements import Buffer
 from graphopt.errors import InvalidModel, OutputError
 
@@ -199,6 +200,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         beside = path.with_name(f".graphopt-{secrets.token_hex(8)}")
         with beside.open("xb") as file:
             temporary = beside
+            isolation.scratch(beside)
             yield file
             settle(file)
         temporary.replace(path)

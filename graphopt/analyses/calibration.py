@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt import isolation
 from graphopt.data import Data
 from graphopt.errors import UnsupportedModel, UsageError
 from graphopt.ir import Model, saves
@@ -134,6 +135,7 @@ class Runner:
         Raises:
             UnsupportedModel: the model cannot be run on these samples.
         """
+        isolation.progress()
         try:
             values = self._session.run(self._names, {n: a for n, a in feeds.items() if n in self._inputs})
         except Exception as error:

@@ -45,10 +45,15 @@ TargetName = Annotated[
 
 def load(name: str) -> Model:
     """The model in a file, or on stdin, as protobuf or as ONNX text."""
+    from graphopt import ir, isolation
+
+    with isolation.step("reading the model"):
+        return ir.load(name) if name != "-" else _from_stdin()
+
+
+def _from_stdin() -> Model:
     from graphopt import ir
 
-    if name != "-":
-        return ir.load(name)
     data = sys.stdin.buffer.read()
     if data.lstrip()[:1] == b"<" or (data[:256].isascii() and b"=>" in data[:65536]):
         return ir.parse(data.decode(errors="replace"))

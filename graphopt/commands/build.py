@@ -24,6 +24,7 @@ from graphopt.commands.arguments import (
     read_samples,
     write_report,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import bundle_table, out, progress_bar, say
 from graphopt.errors import UsageError
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline import Pipeline
 
 
+@contained(default=True)
 def build(
     model: ModelFile,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle's folder.")],

@@ -19,12 +19,14 @@ from graphopt.commands.arguments import (
     read_arrays,
     write_report,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, out
 
 if TYPE_CHECKING:
     pass
 
 
+@contained(default=False)
 def compare(
     first: Annotated[str, typer.Argument(metavar="A", help="The reference model.")],
     second: Annotated[str, typer.Argument(metavar="B", help="The model to judge.")],

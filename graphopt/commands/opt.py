@@ -26,6 +26,7 @@ from graphopt.commands.arguments import (
     read_samples,
     write_report,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, to_stdout
 from graphopt.errors import UsageError
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline import Instrument
 
 
+@contained(default=False)
 def opt(
     model: ModelFile,
     output: Annotated[

@@ -18,6 +18,7 @@ from graphopt.commands.arguments import (
     check_place,
     read_arrays,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.sessions import first_run, generated, open_session
 from graphopt.commands.terminal import out
 from graphopt.errors import UsageError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     pass
 
 
+@contained(default=False)
 def run_bundle(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or an .onnx file.")],
     data: DataFile = None,

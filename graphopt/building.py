@@ -34,6 +34,7 @@ from graphopt.instruments import Census, Statistics, Verify, census
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context, Exactness
 from graphopt.pipeline import Instrument, Pipeline, Result
+from graphopt.recovery import Dropped, Recovery
 from graphopt.target import Target
 
 Say = Callable[[str], None]
@@ -56,6 +57,7 @@ class Request:
     say: Say
     progress: Callable[[Target], Progress | None]
     instruments: Sequence[Instrument] = ()
+    recover: bool = False  # whether a failing rewrite is left out
     chosen: bool = True  # whether the user named the targets
     data: Data | None = None  # calibration samples
     int8: int8.Wish | None = None  # None: as the pipeline says
@@ -80,6 +82,7 @@ def build(
     say: Say = lambda text: None,
     progress: Callable[[Target], Progress | None] = lambda target: None,
     instruments: Sequence[Instrument] = (),
+    recover: bool = False,
 ) -> Bundle:
     """Optimize `model` for each target and write a bundle.
 
@@ -100,6 +103,8 @@ def build(
         say: is told of fallbacks, defaults and other things a user should hear.
         progress: gives a progress callback for the build of a target.
         instruments: further instruments around each pass.
+        recover: leave out each single rewrite that fails (structure, numbers, an exception), say so, and go on; the manifest
+            lists them as "dropped".
 
     Raises:
         UserError: the model, an option, the machine or the place is at fault; nothing is written then.
@@ -133,6 +138,7 @@ def build(
         say,
         progress,
         instruments,
+        recover=recover,
         chosen=bool(targets),
         data=None if data is None else open_data(data, loaded.inputs),
         int8=int8,
@@ -176,6 +182,7 @@ class _Built:
     history: tuple[Census, ...]
     proof: dict[str, Any]
     int8: int8.Outcome | None = None
+    dropped: tuple[Dropped, ...] | None = None  # rewrites that were left out; None: a failing one ends the build
 
 
 def _build(request: Request) -> Bundle:
@@ -207,13 +214,22 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     outcome, pipeline = None, request.pipeline
     if request.int8 is not None and request.data is not None:
         outcome = int8.search(
-            request.model, target, pipeline, request.data, wish=request.int8, seed=request.seed, say=request.say
+            request.model,
+            target,
+            pipeline,
+            request.data,
+            wish=request.int8,
+            seed=request.seed,
+            say=request.say,
+            recovery=_recovery(request, target, aloud=False) if request.recover else None,
         )
         pipeline = outcome.pipeline
     ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
-    result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments])
+    recovery = _recovery(request, target) if request.recover else None
+    result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments], recovery)
+    left_out = {str(d) for d in recovery.dropped} if recovery is not None else set()
     for told in result.remarks:  # what passes say of the whole model, and of no node in it
-        if not told.node:
+        if not told.node and str(told) not in left_out:
             request.say(f"{target}: {told}")
     changed = verify.interface(request.model, result.model)
     if changed:
@@ -225,7 +241,21 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if outcome is not None:
         outcome.built(result, artifact.kernels)
         request.say(f"{target}: {outcome}")
-    return _Built(target, backend, artifact, result, tuple(statistics.history), proof, outcome)
+    dropped = None if recovery is None else tuple(recovery.dropped)
+    return _Built(target, backend, artifact, result, tuple(statistics.history), proof, outcome, dropped)
+
+
+def _recovery(request: Request, target: Target, aloud: bool = True) -> Recovery:
+    """Checks each pass on the samples that the proof at the end will use."""
+    feeds, shapes = request.feeds, request.options.shapes
+    if feeds is None and _values(request.model, shapes):
+        feeds = list(samples(request.model, request.seed, shapes))
+
+    def say(text: str) -> None:
+        if aloud:
+            request.say(f"{target}: {text}")
+
+    return Recovery(feeds=feeds, seed=request.seed, shapes=shapes, say=say)
 
 
 def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline) -> dict[str, Any]:
@@ -330,6 +360,8 @@ def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
     }
     if built.int8 is not None:
         entry["int8"] = built.int8.as_dict()
+    if built.dropped is not None:
+        entry["dropped"] = [d.as_dict() for d in built.dropped]
     if request.measure and built.target.runtime == "ort":
         entry["latency"] = _latency(request, built, folder)
     return entry

@@ -18,6 +18,7 @@ import typer
 
 from graphopt.commands.backends import list_backends
 from graphopt.commands.bench import bench
+from graphopt.commands.bisect import bisect
 from graphopt.commands.build import build
 from graphopt.commands.compare import compare
 from graphopt.commands.explain import explain
@@ -50,6 +51,7 @@ app.command()(inspect)
 app.command(short_help="Show which channels can be removed, and what keeps the others.")(groups)
 app.command(short_help="Say what int8 costs, layer by layer.")(sensitivity)
 app.command(short_help="Run two models on the same inputs.")(compare)
+app.command(short_help="Find the rewrite that breaks a model.")(bisect)
 app.command("run", short_help="Run a bundle or a model on this machine.")(run_bundle)
 app.command(short_help="Time bundles and models side by side.")(bench)
 

@@ -17,6 +17,7 @@ place, and a difference of up to 4 times what that does is its own noise, not th
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -27,10 +28,13 @@ import numpy as np
 from graphopt.backend import ShapeRange
 from graphopt.errors import NotEquivalent, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import Arrays, Evaluator
-from graphopt.ir import Model, TensorSpec, dtype_name
+from graphopt.ir import Model, Node, TensorSpec, dtype_name
 from graphopt.pass_base import Exactness
 
 _DEFAULT_DIM: Final = 2  # a dynamic dimension nobody described; 1 would hide broadcasting mistakes
+_RANDOM: Final = frozenset(
+    ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
+)
 _CONDITION: Final = 64
 _AMPLIFICATION: Final = 4  # a rewrite rounds in every layer, a nudge of the inputs only before the first
 
@@ -165,6 +169,24 @@ def input_samples(
         yield generate_inputs(specs, seed=seed + number, dims=dims)
 
 
+def seeded(model: Model) -> Model:
+    """`model`, or a copy in which every operator that draws random numbers has a seed, told from the name of its output.
+
+    ONNX Runtime's own seed depends on a node's place, so that two models that compute the same would draw different numbers.
+    """
+    if not any(_draws(node) for node in model.nodes()):
+        return model
+    copy = model.clone()
+    for node in copy.nodes():
+        if _draws(node):
+            node.attrs["seed"] = float(zlib.crc32(node.outputs[0].name.encode()) % (1 << 20))
+    return copy
+
+
+def _draws(node: Node) -> bool:
+    return node.op in _RANDOM and node.is_onnx and "seed" not in node.attrs and bool(node.outputs)
+
+
 def check_feeds(inputs: Sequence[TensorSpec], feeds: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Compare arrays with what a model wants.
 
@@ -271,47 +293,77 @@ def compare(
         NotEquivalent: inputs or outputs have other names, or the candidate cannot be run where the reference can.
         UnsupportedModel: the reference cannot be run on any sample.
     """
-    for kind, a, b in (
-        ("inputs", reference.inputs, candidate.inputs),
-        ("outputs", reference.outputs, candidate.outputs),
-    ):
-        if {s.name for s in a} != {s.name for s in b}:
-            raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
-    first = Evaluator(reference)
-    try:
-        second = Evaluator(candidate)
-    except UnsupportedModel as error:
-        raise NotEquivalent(f"the original can be run, the candidate cannot: {error}") from None
-    if first.engine != second.engine:  # two engines round differently, whatever the models
-        first, second = Evaluator(reference, "reference"), Evaluator(candidate, "reference")
-    worst: dict[str, Difference] = {}
-    count = 0
-    refusal: UnsupportedModel | None = None
-    for sample in feeds if feeds is not None else input_samples(reference, seed=seed, shapes=shapes):
+    return Reference(reference, feeds=feeds, seed=seed, shapes=shapes).compare(candidate, allowed)
+
+
+class Reference:
+    """A model that others are compared with, run once on its samples; feeds and outputs are kept, so a comparison runs the other only."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, ShapeRange] | None = None,
+    ) -> None:
+        """Arguments as of `compare`; `model` must not be changed any more. Nothing runs before the first comparison."""
+        self.model = seeded(model)
+        self._feeds, self._seed, self._shapes = feeds, seed, shapes
+        self._runs: dict[str, tuple[Evaluator, list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]]]] = {}
+
+    def _expected(self, engine: str) -> tuple[Evaluator, list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]]]:
+        """The evaluator that was asked for, or the one that can load the model, and its samples with their outputs."""
+        if engine not in self._runs:
+            evaluator = Evaluator(self.model, engine)
+            found: list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]] = []
+            refusal: UnsupportedModel | None = None
+            generated = input_samples(self.model, seed=self._seed, shapes=self._shapes)
+            for sample in self._feeds if self._feeds is not None else generated:
+                try:
+                    found.append((sample, evaluator.run(sample)))
+                except UnsupportedModel as error:
+                    if self._feeds is not None:
+                        raise
+                    refusal = error  # a generated input that the original itself refuses proves nothing
+            if not found:
+                raise UnsupportedModel(
+                    f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape"
+                )
+            self._runs[engine] = evaluator, found
+        return self._runs[engine]
+
+    def compare(self, candidate: Model, allowed: float = 0.0) -> Report:
+        """Run `candidate` on the same samples; `allowed` is the relative tolerance. Raises as `equivalence.compare` does."""
+        for kind, a, b in (
+            ("inputs", self.model.inputs, candidate.inputs),
+            ("outputs", self.model.outputs, candidate.outputs),
+        ):
+            if {s.name for s in a} != {s.name for s in b}:
+                raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
+        candidate = seeded(candidate)
+        first, expected = self._expected("onnxruntime")
         try:
-            expected = first.run(sample)
+            second = Evaluator(candidate)
         except UnsupportedModel as error:
-            if feeds is not None:
-                raise
-            refusal = error  # a generated input that the original itself refuses proves nothing
-            continue
-        count += 1
-        try:
-            found = second.run(sample)
-        except UnsupportedModel as error:
-            raise NotEquivalent(f"the original runs on this sample, the candidate does not: {error}") from None
-        for name, value in expected.items():
-            gap = difference(name, value, found[name])
-            if gap.relative > allowed > 0 and math.isfinite(gap.max_abs):
-                gap = replace(gap, sensitivity=_sensitivity(first, sample, expected, seed)[name])
-            known = worst.get(name)
-            if known is None or (not gap.keeps(allowed), gap.relative) > (not known.keeps(allowed), known.relative):
-                worst[name] = gap
-    if not count:
-        raise UnsupportedModel(
-            f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape"
-        )
-    return Report(tuple(worst.values()), allowed, count, first.engine)
+            raise NotEquivalent(f"the original can be run, the candidate cannot: {error}") from None
+        if first.engine != second.engine:  # two engines round differently, whatever the models
+            first, expected = self._expected("reference")
+            second = Evaluator(candidate, "reference")
+        worst: dict[str, Difference] = {}
+        for sample, outputs in expected:
+            try:
+                found = second.run(sample)
+            except UnsupportedModel as error:
+                raise NotEquivalent(f"the original runs on this sample, the candidate does not: {error}") from None
+            for name, value in outputs.items():
+                gap = difference(name, value, found[name])
+                if gap.relative > allowed > 0 and math.isfinite(gap.max_abs):
+                    gap = replace(gap, sensitivity=_sensitivity(first, sample, outputs, self._seed)[name])
+                known = worst.get(name)
+                if known is None or (not gap.keeps(allowed), gap.relative) > (not known.keeps(allowed), known.relative):
+                    worst[name] = gap
+        return Report(tuple(worst.values()), allowed, len(expected), first.engine)
 
 
 def _sensitivity(

@@ -94,7 +94,8 @@ class Compare(_Silent):
 
     def before_pipeline(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
         """Keep the original; its constants are shared, so it costs no weights."""
-        self._original = model.clone()
+        self._types = equivalence.float_types(model)
+        self._reference = equivalence.Reference(model.clone(), feeds=self.feeds, seed=self.seed, shapes=self.shapes)
         self._rewrites = 0
         self._exactness = Exactness.EXACT
 
@@ -105,11 +106,9 @@ class Compare(_Silent):
         if step.exactness.value > self._exactness.value:
             self._exactness = step.exactness
         self._rewrites += rewrites if step.exactness is not Exactness.EXACT else 0
-        allowed = equivalence.tolerance(self._exactness, self._rewrites, equivalence.float_types(self._original))
+        allowed = equivalence.tolerance(self._exactness, self._rewrites, self._types)
         try:
-            report = equivalence.compare(
-                self._original, model, feeds=self.feeds, allowed=allowed, seed=self.seed, shapes=self.shapes
-            )
+            report = self._reference.compare(model, allowed)
             self.reports.append((step.pass_name(), report))
             report.require(f"{step.pass_name()} changed the numbers")
         except UnsupportedModel as error:

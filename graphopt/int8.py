@@ -26,7 +26,7 @@ from graphopt.errors import UsageError
 from graphopt.evaluate import evaluate_node
 from graphopt.ir import Model, saves
 from graphopt.pass_base import Context, Pass
-from graphopt.pipeline import Pipeline, Result
+from graphopt.pipeline import Pipeline, Recovery, Result
 from graphopt.target import Target
 
 Array = np.ndarray[Any, Any]
@@ -207,6 +207,7 @@ def search(
     wish: Wish | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
+    recovery: Recovery | None = None,
 ) -> Outcome:
     """Find the pipeline that brings `model` to int8 on `target`.
 
@@ -218,6 +219,7 @@ def search(
         wish: what to hold and what to leave.
         seed: of the timing.
         say: is told what was found.
+        recovery: of the float passes.
 
     Returns:
         The best that was found, whether or not `max_drop` holds.
@@ -228,7 +230,7 @@ def search(
     template = next((p for p in pipeline.passes if isinstance(p, quantize)), quantize())
     template = replace(template, **dict(wish.options))
     before = Pipeline(tuple(s for s in pipeline.steps if not isinstance(s, quantize)))
-    floating = before.run(model, _context(target, data, seed)).model
+    floating = before.run(model, _context(target, data, seed), recovery=recovery).model
     on_kernels = target.runtime == "ort"
     judge = Judge(floating, data, labels)
     runs: dict[tuple[str, ...], tuple[Result, list[list[Array]], float]] = {}

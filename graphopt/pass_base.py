@@ -56,10 +56,12 @@ class Context:
     limit: int | None = None  # single rewrites still admitted (bisection); None: all
     remarks: list[Remark] = field(default_factory=list)
     admitted: int = 0
+    uncounted: int = 0  # runs of passes that rewrote without asking `admit`; each counts as one admission
     spent: dict[str, int] = field(
         default_factory=dict
     )  # what passes used of a budget that holds for the whole pipeline
     running: str = ""  # name of the pass that runs
+    round: int = 0  # of the fixpoint it runs in; 0 outside
     analyses: dict[type, Any] = field(default_factory=dict)  # of the model as it is; the driver drops them on a change
     data: Data | None = None  # calibration samples, for passes that ask how values look
 
@@ -79,9 +81,14 @@ class Context:
         where = "" if node is None else f"{node.name!r} ({node.op})" if isinstance(node, gs.Node) else repr(node.name)
         self.remarks.append(Remark(self.running, where, text))
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether no further rewrite is admitted."""
+        return self.limit is not None and self.admitted >= self.limit
+
     def admit(self) -> bool:
         """Ask before each single rewrite; False when bisection has used up its number."""
-        if self.limit is not None and self.admitted >= self.limit:
+        if self.exhausted:
             return False
         self.admitted += 1
         return True

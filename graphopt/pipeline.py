@@ -69,6 +69,16 @@ class Instrument(Protocol):
         """After the last pass."""
 
 
+class Recovery(Protocol):
+    """Runs passes in the driver's place so that a failing rewrite does not end the pipeline."""
+
+    def begin(self, model: Model, pipeline: Pipeline, ctx: Context) -> None:
+        """Before the first pass."""
+
+    def apply(self, step: Pass, model: Model, ctx: Context) -> int:
+        """Run `step` on `model` in place, less what fails; returns the number of rewrites that stay."""
+
+
 @dataclass(frozen=True)
 class Fixpoint:
     """Steps repeated until a round changes nothing."""
@@ -138,13 +148,20 @@ class Pipeline:
         """The loosest class among the passes."""
         return max((p.exactness for p in self.passes), key=lambda e: e.value, default=Exactness.EXACT)
 
-    def run(self, model: Model, ctx: Context | None = None, instruments: Sequence[Instrument] | None = None) -> Result:
+    def run(
+        self,
+        model: Model,
+        ctx: Context | None = None,
+        instruments: Sequence[Instrument] | None = None,
+        recovery: Recovery | None = None,
+    ) -> Result:
         """Run on a copy of `model`, which stays as it is; constant values are shared, so this costs no weights.
 
         Args:
             model: the input.
             ctx: target, seed, evaluator; default: portable, ONNX Runtime as evaluator.
             instruments: called around each pass; default: the structural verifier.
+            recovery: runs each pass in the driver's place and leaves out what fails; None: a failure ends the pipeline.
 
         Raises:
             PassError: a pass raised, or its count contradicts what it did.
@@ -159,7 +176,7 @@ class Pipeline:
             from graphopt.instruments import Verify
 
             instruments = (Verify(),)
-        return _Run(model.clone(), ctx, instruments).pipeline(self)
+        return _Run(model.clone(), ctx, instruments, recovery).pipeline(self)
 
 
 def _flatten(steps: Iterable[Step]) -> Iterable[Pass]:
@@ -170,11 +187,40 @@ def _flatten(steps: Iterable[Step]) -> Iterable[Pass]:
             yield step
 
 
+def apply(step: Pass, model: Model, ctx: Context, before: Signature | None = None) -> int:
+    """Run one pass on `model`, hold it to its count, and clean up behind it; `before` is the model's signature, if known.
+
+    A pass that rewrote without asking `ctx.admit` counts as one admission, so that bisection can leave its whole run out.
+
+    Raises:
+        PassError: its count contradicts what it did; what the pass itself raises passes through.
+        VerifyError: it left a cycle.
+    """
+    before = before or Signature(model)
+    asked = ctx.admitted
+    rewrites = step.run(model, ctx)
+    changed = before != Signature(model)
+    if rewrites and ctx.admitted == asked:
+        ctx.admitted += 1
+        ctx.uncounted += 1
+    if changed != (rewrites > 0):
+        did = "changed the graph" if changed else "left the graph as it was"
+        raise PassError(
+            f"{step.pass_name()} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
+        )
+    if rewrites:
+        cleanup(model)
+    return rewrites
+
+
 class _Run:
-    def __init__(self, model: Model, ctx: Context, instruments: Sequence[Instrument]) -> None:
+    def __init__(
+        self, model: Model, ctx: Context, instruments: Sequence[Instrument], recovery: Recovery | None = None
+    ) -> None:
         self.model = model
         self.ctx = ctx
         self.instruments = instruments
+        self.recovery = recovery
         self.reports: list[StepReport] = []
         self.stops: list[str] = []
         self.signature: Signature | None = None  # of the model as it is now
@@ -192,6 +238,8 @@ class _Run:
                 name_nodes(graph.nodes, fresh)
         for instrument in self.instruments:
             instrument.before_pipeline(self.model, pipeline, self.ctx)
+        if self.recovery is not None:
+            self.recovery.begin(self.model, pipeline, self.ctx)
         for step in pipeline.steps:
             self.step(step, 0)
         for instrument in self.instruments:
@@ -226,18 +274,14 @@ class _Run:
         """Run `step` and hold it to its count."""
         before = self.signature or Signature(self.model)
         self.signature = None
-        rewrites = step.run(self.model, self.ctx)
-        changed = before != Signature(self.model)
-        if changed != (rewrites > 0):
-            did = "changed the graph" if changed else "left the graph as it was"
-            raise PassError(
-                f"{step.pass_name()} reports {rewrites} rewrites but {did}; pass author: return the number of rewrites done"
-            )
+        if self.recovery is None:
+            rewrites = apply(step, self.model, self.ctx, before)
+        else:
+            rewrites = self.recovery.apply(step, self.model, self.ctx)
         if rewrites:
             self.changes += 1
             self.operators = None
             self.ctx.analyses.clear()
-            cleanup(self.model)
         else:
             self.signature = before
             self.idle[step] = self.changes
@@ -245,7 +289,7 @@ class _Run:
 
     def one_pass(self, step: Pass, round_number: int) -> int:
         name = step.pass_name()
-        self.ctx.running = name
+        self.ctx.running, self.ctx.round = name, round_number
         with isolation.step(f"pass {name}"):
             return self.watched_pass(step, name, round_number)
 
@@ -254,7 +298,7 @@ class _Run:
         try:
             for instrument in self.instruments:
                 instrument.before_pass(step, self.model, self.ctx)
-            rewrites = 0 if self.is_idle(step) else self.rewrite(step)
+            rewrites = 0 if self.ctx.exhausted or self.is_idle(step) else self.rewrite(step)
             for instrument in self.instruments:
                 instrument.after_pass(step, self.model, self.ctx, rewrites)
         except Exception as error:

@@ -38,6 +38,13 @@ Domains = Annotated[
     typer.Option("--allow-domain", metavar="DOMAIN", help="Carry operators of a custom domain unread."),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, metavar="N", help="Intra-op threads of ONNX Runtime.")]
+Continue = Annotated[
+    bool,
+    typer.Option(
+        "--continue-without-failing",
+        help="Leave out the single rewrites that fail (checks, numbers, exceptions), say so, and go on.",
+    ),
+]
 TargetName = Annotated[
     str | None, typer.Option("--target", metavar="TARGET", help="Which variant; default: the best that runs.")
 ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graphopt.commands.arguments import (
+    Continue,
     Domains,
     Level,
     ModelFile,
@@ -91,6 +92,7 @@ def build(
     seed: Seed = 0,
     compare_each: Annotated[bool, typer.Option("--compare-each", help="Compare the numbers after each pass.")] = False,
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
+    continue_without_failing: Continue = False,
     report: ReportFile = None,
 ) -> None:
     """Optimize MODEL for each target and write a bundle: engines, ONNX Runtime models and a manifest."""
@@ -138,6 +140,7 @@ def build(
             instruments=make_instruments(
                 compare_each=compare_each, feeds=feeds, ranges=ranges, seed=seed, reproducer=reproducer
             ),
+            recover=continue_without_failing,
         )
     write_report(report, bundle.manifest)
     out.print(bundle_table(bundle.manifest, f"{output}/"))

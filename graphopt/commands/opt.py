@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from graphopt.commands.arguments import (
+    Continue,
     DataFile,
     Domains,
     Level,
@@ -27,7 +28,7 @@ from graphopt.commands.arguments import (
     write_report,
 )
 from graphopt.commands.containment import contained
-from graphopt.commands.terminal import err, to_stdout
+from graphopt.commands.terminal import err, say, to_stdout
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def opt(
     remarks: Annotated[bool, typer.Option("--remarks", help="Show what was left alone, and why.")] = False,
     dump: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the model after each pass.")] = None,
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
+    continue_without_failing: Continue = False,
     keep: Annotated[list[str] | None, typer.Option(metavar="TENSOR", help="Make a tensor an output too.")] = None,
     extract: Annotated[
         str | None, typer.Option(metavar="A[,A2]:B[,B2]", help="Only what computes B from A; ':B' keeps the inputs.")
@@ -76,6 +78,7 @@ def opt(
     from graphopt import equivalence, instruments, ir, verify
     from graphopt.evaluate import evaluate_node
     from graphopt.pass_base import Context
+    from graphopt.recovery import Recovery
 
     if text and output != "-":
         raise UsageError("--text goes with -o -; a file gets ONNX text by its name: -o FILE.onnxtxt")
@@ -105,7 +108,10 @@ def opt(
         print_after_change=print_after_change,
         dump=dump,
     )
-    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node, data=samples), stack)
+    recovery = None
+    if continue_without_failing:
+        recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
+    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node, data=samples), stack, recovery)
     if output == "-":
         to_stdout(result.model.text().encode() if text else ir.saves(result.model))
     else:
@@ -147,6 +153,7 @@ def opt(
             "nodes": {"before": first.nodes, "after": last.nodes},
             "weights": {"before": first.initializer_bytes, "after": last.initializer_bytes},
             "stops": list(result.stops),
+            "dropped": [] if recovery is None else [d.as_dict() for d in recovery.dropped],
             "remarks": [str(r) for r in result.remarks],
         },
     )

@@ -1,0 +1,158 @@
+"""Is this model good or bad? By its numbers beside the original's, or by the exit code of a user's command.
+
+A command is read as ``git bisect run`` reads one: 0 is good, 125 means it cannot tell, anything else, a signal included, is bad.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+
+from graphopt import equivalence
+from graphopt.backend import ShapeRange
+from graphopt.errors import NotEquivalent, UnsupportedModel, UsageError
+from graphopt.ir import Model, save
+
+SKIP: Final = 125
+
+
+class Verdict(enum.Enum):
+    """What a judge says of a model."""
+
+    GOOD = "good"
+    BAD = "bad"
+    UNKNOWN = "cannot tell"
+
+
+class Judge(Protocol):
+    """Says whether a model is good."""
+
+    def judge(self, model: Model) -> tuple[Verdict, str]:
+        """The verdict on `model`, and its reason."""
+
+
+class Numbers:
+    """Good is what computes the same as the original, within a relative tolerance."""
+
+    def __init__(
+        self,
+        original: Model,
+        tolerance: float,
+        *,
+        feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, ShapeRange] | None = None,
+    ) -> None:
+        """`tolerance` is relative; the rest as of `equivalence.compare`. Nothing runs before the first verdict."""
+        self.tolerance = tolerance
+        self._reference = equivalence.Reference(original, feeds=feeds, seed=seed, shapes=shapes)
+
+    def judge(self, model: Model) -> tuple[Verdict, str]:
+        """Compare `model` with the original.
+
+        Raises:
+            UnsupportedModel: the original cannot be run on these or on generated inputs.
+        """
+        try:
+            report = self._reference.compare(model, self.tolerance)
+        except NotEquivalent as error:
+            return Verdict.BAD, str(error)
+        worst = report.worst
+        if worst is None or report.equal:
+            return Verdict.GOOD, f"within {self.tolerance:.3g}"
+        distance = "" if math.isinf(worst.max_abs) else f" by {worst.max_abs:.3g} ({worst.relative:.3g} relative)"
+        note = f": {worst.note}" if worst.note else ""
+        return Verdict.BAD, f"output {worst.name!r} differs{distance}, {self.tolerance:.3g} allowed{note}"
+
+
+class Command:
+    """Good is what a command accepts, called with the path of the model: in the place of ``{}``, or at its end."""
+
+    def __init__(self, command: str, timeout: float | None = None) -> None:
+        """Read the command; it runs without a shell, and without standard input or output.
+
+        Args:
+            command: program and arguments; ``sh -c '...'`` brings a shell.
+            timeout: seconds after which it is killed, with all that it started; None for never.
+
+        Raises:
+            UsageError: it is empty, its quotes do not match, or there is no such program.
+        """
+        try:
+            self.parts = shlex.split(command)
+        except ValueError as error:
+            raise UsageError(f"--cmd {command!r}: {str(error).lower()}; quote it as for a shell") from None
+        if not self.parts:
+            raise UsageError(
+                "--cmd is empty; give a program that takes the model's path, as in --cmd 'python check.py'"
+            )
+        if shutil.which(self.parts[0]) is None:
+            raise UsageError(
+                f"--cmd: cannot run {self.parts[0]!r}: no such program; a path needs its folder (./check.sh) and the x bit"
+            )
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise UsageError(f"--timeout takes a positive number of seconds, got {timeout}")
+        self.timeout = timeout
+        self.hangs_are_bad = False  # whether a run that was killed at the timeout is bad, instead of telling nothing
+
+    def judge(self, model: Model) -> tuple[Verdict, str]:
+        """Write `model` into a folder of its own and run the command on it."""
+        with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+            path = Path(folder) / "model.onnx"
+            try:
+                save(model, path)
+            except UnsupportedModel as error:
+                return Verdict.UNKNOWN, f"cannot be written: {error}"
+            code = self._run(str(path))
+        if code is None:
+            told = f"killed after {self.timeout:g} s"
+            return (Verdict.BAD if self.hangs_are_bad else Verdict.UNKNOWN), told
+        if code == 0:
+            return Verdict.GOOD, "exit code 0"
+        if code == SKIP:
+            return Verdict.UNKNOWN, f"exit code {SKIP}"
+        return Verdict.BAD, f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+
+    def _run(self, path: str) -> int | None:
+        """The exit code, negative for a signal; None where the time was up."""
+        if any("{}" in part for part in self.parts):
+            arguments = [part.replace("{}", path) for part in self.parts]
+        else:
+            arguments = [*self.parts, path]
+        try:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a group of its own, to be killed whole
+            )
+        except OSError as error:
+            raise UsageError(f"--cmd: cannot run {self.parts[0]!r}: {error.strerror or error}") from None
+        try:
+            return process.wait(self.timeout)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what a finished command left behind
+            process.wait()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -107,6 +107,7 @@ class ChannelGroups:
         self.contractions: list[Contraction] = []
         self.balances: list[tuple[Array, ...]] = []
         self.fixes: list[Fix] = []
+        self.sizes: dict[int, list[Axis]] = {}  # by id of an integer tensor: the axes whose sizes its elements are
         self._seen: list[Array] = []
         self.ambiguous: dict[str, tuple[int, ...]] = {}  # Reshapes that could carry channels on another axis, too
         self.carriers = dict(carriers or {})
@@ -176,8 +177,7 @@ class ChannelGroups:
         """The record of a constant, with atoms on every axis of more than one index."""
         found = self._weights.get(id(tensor))
         if found is None:
-            floats = np.dtype(tensor.dtype).kind in "fV"
-            free = floats and self.model.is_fixed(tensor)
+            free = _is_weight(tensor) and self.model.is_fixed(tensor)
             labels = tuple(self.fresh(int(n)) if free and n > 1 else None for n in tensor.shape)
             found = self._weights[id(tensor)] = _Weight(tensor, labels)
         return found
@@ -204,7 +204,7 @@ class ChannelGroups:
         for body in subgraphs(node):
             for tensor in captures(body).values():
                 self._pin_tensor(tensor, f"node {node.name!r} ({node.op}) reads it inside a body")
-        relation = channel_relations.TABLE.get(node.op) if channel_relations.known_domain(node) else None
+        relation = channel_relations.relation_of(node)
         call = channel_relations.Call(self, node)
         results: Sequence[Labels | None] | None = None
         why = "has no relation in the table"
@@ -218,6 +218,7 @@ class ChannelGroups:
         if results is None:
             call.touched.clear()
             results = [self._untracked(t) for t in node.outputs]
+        self._follow_sizes(call)
         for index, tensor in enumerate(node.inputs):
             if tensor.name and index not in call.touched:
                 self._pin_tensor(
@@ -225,6 +226,17 @@ class ChannelGroups:
                     f"node {node.name!r} ({node.op}) {why if results is None or relation is None else 'needs all of it'}",
                 )
         return results
+
+    def _follow_sizes(self, call: channel_relations.Call) -> None:
+        """Sizes of channels that are read at run time: let through where they are moved or stated anew, pinned elsewhere."""
+        node = call.node
+        moved = channel_relations.held_sizes(call) if node.is_onnx and not subgraphs(node) else None
+        if moved is not None and any(axis is not None for axis in moved):
+            self.sizes[id(node.outputs[0])] = moved
+        for index, tensor in enumerate(node.inputs):
+            if moved is None and index not in call.restated:
+                for axis in self.sizes.get(id(tensor), ()):
+                    self.pin(axis, f"node {node.name!r} ({node.op}) reads its size")
 
     def _untracked(self, tensor: gs.Tensor) -> Labels | None:
         rank = self.shapes.rank(tensor)
@@ -249,7 +261,7 @@ class ChannelGroups:
     def _pin_tensor(self, tensor: gs.Tensor, why: str) -> None:
         if isinstance(tensor, gs.Constant):
             self.weight(tensor).frozen = True
-        for axis in self.labels(tensor) or ():
+        for axis in [*(self.labels(tensor) or ()), *self.sizes.get(id(tensor), ())]:
             self.pin(axis, why)
 
     # ------------------------------------------------------------------------------------------------- answers
@@ -435,7 +447,7 @@ class ChannelGroups:
     def _params(self) -> list[Term]:
         found: list[Term] = []
         for tensor in self.model.constants():
-            if np.dtype(tensor.dtype).kind not in "fV":
+            if not _is_weight(tensor):
                 continue
             weight = self._weights.get(id(tensor))
             factors: list[Array | int] = [int(n) for n in tensor.shape]
@@ -446,6 +458,13 @@ class ChannelGroups:
                     factors[1] = columns
             found.append(_term(factors))
         return found
+
+
+def _is_weight(tensor: gs.Constant) -> bool:
+    """Whether a constant holds weights: floating-point numbers, or codes that are only dequantized."""
+    readers = tensor.outputs
+    codes = bool(readers) and all(r.op in ("DequantizeLinear", "QuantizeLinear") for r in readers)
+    return np.dtype(tensor.dtype).kind in "fV" or codes
 
 
 _MATRIX = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))

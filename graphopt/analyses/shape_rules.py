@@ -216,6 +216,20 @@ def _constant_of_shape(call: Call) -> Sequence[Any]:
     return [None if target is None else tuple(target)]
 
 
+@_shape_of("Resize")
+def _resize(call: Call) -> Sequence[Any]:
+    """By sizes that are computed but known as symbols; scales onnx does itself."""
+    sizes, shape = call.value(3), call.shape(0)
+    if sizes is None or shape is None or call.attr("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return []
+    axes = call.attr("axes")
+    places = range(len(shape)) if axes is None else [int(a) % len(shape) for a in axes]
+    result = list(shape)
+    for place, size in zip(places, sizes.flat, strict=True):
+        result[place] = size
+    return [tuple(result)]
+
+
 @_shape_of("Tile")
 def _tile(call: Call) -> Sequence[Any]:
     shape, repeats = call.shape(0), call.value(1)

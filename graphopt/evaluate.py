@@ -14,8 +14,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt import isolation
+from graphopt.edit import captures
 from graphopt.errors import UnsupportedModel
-from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, Node, Variable, numpy_dtype, save, saves
+from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, Node, Variable, numpy_dtype, save, saves, subgraphs
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -102,12 +103,15 @@ def _ort_session(model: Model | bytes) -> Any:
 def evaluate_node(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
     """Compute one node on arrays, under the opsets of `model`; None stands for an absent operand.
 
+    Behind the operands come the values of what the node's bodies capture, body after body, in the order of `captures`.
+
     Raises:
         UnsupportedModel: no evaluator can compute it.
     """
     if node.op == "Div":
         _refuse_overflow(node, inputs)
-    feeds = {f"i{index}": value for index, value in enumerate(inputs) if value is not None}
+    feeds = {f"i{index}": value for index, value in enumerate(inputs[: len(node.inputs)]) if value is not None}
+    feeds.update(_captured(node, inputs))
     evaluator, dtypes = _prepared(_single(model, node, inputs))
     found = evaluator.run(feeds)
     arrays = []
@@ -130,18 +134,26 @@ def _refuse_overflow(node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -
         raise UnsupportedModel(f"node {node.name!r} (Div) divides the smallest {a.dtype} by -1, which overflows")
 
 
+def _captured(node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> dict[str, np.ndarray[Any, Any]]:
+    """What the bodies of a node read from outside, by name."""
+    tensors = [t for body in subgraphs(node) for t in captures(body).values()]
+    values = inputs[len(node.inputs) :]
+    return {t.name: np.asarray(v) for t, v in zip(tensors, values, strict=True) if v is not None}
+
+
 def _single(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any] | None]) -> bytes:
     """A model of `node` alone: equal for nodes that compute the same on operands of the same dtypes and shapes."""
     graph = Graph(name="node")
     operands = [
         Variable("") if value is None else Variable(f"i{index}", value.dtype, tuple(value.shape))
-        for index, value in enumerate(inputs)
+        for index, value in enumerate(inputs[: len(node.inputs)])
     ]
     results = [Variable(f"o{index}" if t.name else "") for index, t in enumerate(node.outputs)]
     copy = Node(node.op, "node", dict(node.attrs), operands, results, node.domain or "")
     copy.attr_types = dict(getattr(node, "attr_types", {}))
     graph.nodes.append(copy)
     graph.inputs = [t for t in operands if t.name]
+    graph.inputs += [Variable(name, v.dtype, tuple(v.shape)) for name, v in _captured(node, inputs).items()]
     graph.outputs = [t for t in results if t.name]
     carried = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.carried.opset_import)
     return saves(Model(graph, carried))

@@ -34,6 +34,7 @@ _MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
 _ALIGNMENT: Final = (
     8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
 )
+_OVERSHOOT: Final = 0.04  # of the cost: more is not removed only for the sake of widths that the hardware likes
 _MEMORY: Final = 5 << 29  # bytes of activations
 _BATCH: Final = 32
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
@@ -164,10 +165,14 @@ class PruneChannels(Pass):
         now = groups.cost_model(self.target).total()
         wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
 
-        def allowed(index: int, position: int) -> bool:
-            return _aligned(curves[index], position, self.align, wish)
-
-        taken, left = allocation.allocate(groups, curves, costs, goal / now, what=self.target, allowed=allowed)
+        share = goal / now
+        while True:  # what the hardware wishes gives way where it would take much more than was asked for
+            step = self.align or wish
+            stops = [_stops(line, step, self.align is not None) for line in curves]
+            taken, left = allocation.allocate(groups, curves, costs, share, what=self.target, stops=stops)
+            if self.align is not None or wish == 1 or share - _OVERSHOOT <= left <= share * 1.001:
+                break
+            wish //= 2
         if left > goal / now * 1.001:
             reach = 1 - left * now / (goal / (1 - self.ratio)) if self.rounds == 1 else 1 - left
             raise UserError(
@@ -259,12 +264,21 @@ def _distance(original: Model, model: Model, feeds: Feeds) -> float:
     return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
 
 
-def _aligned(line: Curve, position: int, align: int | None, wish: int) -> bool:
-    """Whether a family may stop here. What the hardware wishes (`align` is None) gives way in groups that are too narrow for it."""
-    gone = set(line.removed(position))
-    for group in line.family.groups:
-        lost = len(gone.intersection(group.classes))
-        step = align if align is not None else min(wish, 1 << (max(1, group.width // 2).bit_length() - 1))
-        if lost and (lost if group.width % step == 0 else group.width - lost) % step:
-            return False
-    return True
+def _stops(line: Curve, step: int, strict: bool) -> list[int]:
+    """After how many steps a family may stop: where its widths were multiples of `step`, they have to be; else what goes is.
+
+    A class that is several channels of each weight counts as many. What the hardware wishes (not `strict`) gives way in groups that
+    are too narrow for it.
+    """
+    group_of = {root: number for number, group in enumerate(line.family.groups) for root in group.classes}
+    each = [min((count for _, _, count in group.sites), default=1) for group in line.family.groups]
+    widths = [group.width * n for group, n in zip(line.family.groups, each, strict=True)]
+    fine = [step if strict else min(step, 1 << (max(1, w // 2).bit_length() - 1)) for w in widths]
+    lost = [0] * len(widths)
+    found = []
+    for position, roots in enumerate(line.steps, 1):
+        for root in roots:
+            lost[group_of[root]] += each[group_of[root]]
+        if all((n if w % f == 0 else w - n) % f == 0 for n, w, f in zip(lost, widths, fine, strict=True) if n):
+            found.append(position)
+    return found

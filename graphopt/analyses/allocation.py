@@ -9,6 +9,7 @@ widths (a convolution costs inputs times outputs), so it is asked anew at each s
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -131,7 +132,7 @@ def allocate(
     target: float,
     *,
     what: str = "macs",
-    allowed: Callable[[int, int], bool] = lambda family, position: True,
+    stops: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """How many steps each family takes, and the share of the cost that is left.
 
@@ -141,21 +142,22 @@ def allocate(
         costs: the damage after each number of steps, for each family.
         target: the share of the cost that may be left.
         what: ``macs`` or ``params``.
-        allowed: whether a family may stop at a position (alignment).
+        stops: after how many steps each family may stop (alignment), in ascending order; None: anywhere.
     """
     model = groups.cost_model(what)
     full = model.total()
     position = [0] * len(curves)
     goal = target * full
+    ends = [list(range(1, len(c.steps) + 1)) for c in curves] if stops is None else stops
     while model.total() > goal:
         best: tuple[float, int, int] | None = None
         for index, curve in enumerate(curves):
             here = position[index]
-            legal = [p for p in range(here + 1, len(curve.steps) + 1) if allowed(index, p)]
-            for ahead in dict.fromkeys(min(a, len(legal)) for a in _AHEAD):
-                if ahead == 0:
+            first = bisect.bisect_right(ends[index], here)
+            for place in dict.fromkeys(min(first + a, len(ends[index])) for a in _AHEAD):
+                if place == first:
                     continue
-                there = legal[ahead - 1]
+                there = ends[index][place - 1]
                 saved = model.saving([c for step in curve.steps[here:there] for c in step])
                 if saved <= 0:
                     continue

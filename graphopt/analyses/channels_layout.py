@@ -65,20 +65,27 @@ def _by_groups(
     new: Sequence[int],
     result: list[Axis],
 ) -> bool:
-    """Channels in front of dimensions known at run time only, folded into groups (as for a group normalization) or unfolded."""
-    if not old or not new or labels[old[0]] is None or any(labels[i] is not None for i in old[1:]):
-        return False
-    atoms, few, many = labels[old[0]], before[old[0]], after[new[0]]
-    assert atoms is not None
-    if not isinstance(few, int) or not isinstance(many, int):
-        return False
-    if few % many == 0:
-        result[new[0]] = call.together(atoms.reshape(many, -1))
-    elif many % few == 0:
-        result[new[0]] = np.repeat(atoms, many // few)
-    else:
-        return False
-    return True
+    """Channels beside dimensions known at run time only: folded into groups in front of them, or into heads behind them.
+
+    ``[C, H, W] -> [G, ...]`` as for a group normalization, and ``[N, H * d] -> [N * H, d]`` as for attention, both there and back.
+    """
+    for end in (0, -1):
+        if not old or not new:
+            return False
+        place, atoms = new[end], labels[old[end]]
+        few, many = before[old[end]], after[place]
+        others = [labels[i] for i in old if i != old[end]]
+        if atoms is None or not isinstance(few, int) or not isinstance(many, int) or any(o is not None for o in others):
+            continue
+        if few % many == 0:
+            table = atoms.reshape(many, -1) if end == 0 else atoms.reshape(-1, many).T
+            result[place] = call.together(table)
+        elif many % few == 0:
+            result[place] = np.repeat(atoms, many // few) if end == 0 else np.tile(atoms, many // few)
+        else:
+            continue
+        return True
+    return False
 
 
 def _segments(call: Call, before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
@@ -181,10 +188,7 @@ def _fix_target(call: Call, labels: Sequence[Axis], before: Sequence[Dim], after
         else:
             plan.append(None if known is None else known[j])
     sources = [axis for axis in call.groups.labels(call.node.inputs[0]) or () if axis is not None]
-    unclear = any(dim == 0 for dim in (*before, *after)) or (
-        known is None and call.attr("allowzero", 0) and any(p is None for p in plan)
-    )
-    if unclear:
+    if any(dim == 0 for dim in (*before, *after)):
         for axis in [*(axis for axis in labels if axis is not None), *sources]:
             call.pin(axis, "has a dimension of size 0")
         return

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -43,7 +43,8 @@ HELD_OUT: Final = 5  # every fifth sample is not fitted to
 class Runner:
     """One model run node by node on all feeds; values are dropped once nobody reads them any more."""
 
-    def __init__(self, model: Model, feeds: Feeds, evaluate: Evaluate) -> None:
+    def __init__(self, model: Model, feeds: Feeds, evaluate: Evaluate, held: Iterable[str] = ()) -> None:
+        """Start at the inputs; the values of tensors in `held` stay until they are released as often as they are named there."""
         self.model = model
         self.evaluate = evaluate
         self.values: dict[str, Values] = {}
@@ -54,8 +55,11 @@ class Runner:
                 self._left[tensor.name] = self._left.get(tensor.name, 0) + 1
         for tensor in model.graph.outputs:
             self._left[tensor.name] = self._left.get(tensor.name, 0) + 1
+        for name in held:
+            self._left[name] = self._left.get(name, 0) + 1
         for spec in model.inputs:
             self.values[spec.name] = [feed[spec.name] for feed in feeds]
+        self._ahead = iter(model.graph.nodes)
 
     def get(self, tensor: gs.Tensor) -> Values:
         """The values of a tensor, one a feed."""
@@ -66,27 +70,34 @@ class Runner:
     def run(self, node: Node, pool: ThreadPoolExecutor) -> list[Values]:
         """Compute a node on all feeds; the results, by output."""
         operands = [None if not t.name else self.get(t) for t in node.inputs]
-        body = subgraphs(node)
-        if body:
-            raise NotImplementedError(f"node {node.name!r} ({node.op}) has a body")
+        operands += [self.get(t) for body in subgraphs(node) for t in captures(body).values()]
 
         def one(index: int) -> list[Array]:
             return self.evaluate(self.model, node, [None if o is None else o[index] for o in operands])
 
-        found = list(pool.map(one, range(self.count)))
-        names = [t for t in node.outputs if t.name]
-        return [[feed[place] for feed in found] for place in range(len(names))]
+        return [list(results) for results in zip(*pool.map(one, range(self.count)), strict=True)]
 
     def keep(self, node: Node, results: Sequence[Values]) -> None:
-        """Store results, and drop what `node` was the last to read."""
+        """Take the results of a node in, and drop what it was the last to read."""
         named = [t for t in node.outputs if t.name]
         for tensor, values in zip(named, results, strict=True):
             if self._left.get(tensor.name):
                 self.values[tensor.name] = values
         for tensor in _operands(node):
-            self._left[tensor.name] -= 1
-            if not self._left[tensor.name]:
-                self.values.pop(tensor.name, None)
+            self.release(tensor.name)
+
+    def release(self, name: str) -> None:
+        """One reader of a tensor less."""
+        self._left[name] -= 1
+        if not self._left[name]:
+            self.values.pop(name, None)
+
+    def ensure(self, name: str, pool: ThreadPoolExecutor) -> Values:
+        """Run on in the order of the graph until a tensor, which must be held, is there."""
+        while name not in self.values:
+            node = next(self._ahead)
+            self.keep(node, self.run(node, pool))
+        return self.values[name]
 
 
 def live_bytes(model: Model, shapes: Shapes) -> int:
@@ -147,10 +158,11 @@ def repair(
     feeds: Feeds,
     evaluate: Evaluate,
     *,
+    stands: Mapping[str, str] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Fit]:
-    """Fit the layers of `pruned` to `original`, in place; both have the same nodes in the same order.
+    """Fit the layers of `pruned` to `original`, in place; nodes and tensors are the same by name, as far as they are left.
 
     Args:
         original: what to be like.
@@ -158,50 +170,78 @@ def repair(
         places: for tensors whose axes were cut, the indices that are left.
         feeds: samples, several calls of the model.
         evaluate: computes one node.
+        stands: tensor of `pruned` -> the later tensor of `original` in whose place it is, where a block between them is gone.
         seed: of the positions looked at.
         progress: nodes done, nodes in all.
     """
     edit = Editor(pruned)
-    found = layers(pruned)
-    first, second = Runner(original, feeds, evaluate), Runner(pruned, feeds, evaluate)
-    for name, values in first.values.items():
-        second.values[name] = values  # the very same arrays: untouched so far
-    wanted = _joins(original, found)
-    fits: list[Fit] = []
-    by_name = {node.name: node for node in original.graph.nodes}
+    found = {name: layer for name, layer in layers(pruned).items() if _fittable(layer)}
+    joins, by_name = _joins(pruned, found), {node.name: node for node in original.graph.nodes}
+    lasts = {name: joins.get(name) or _last(pruned, layer) for name, layer in found.items()}
+    aims = {name: (stands or {}).get(node.outputs[0].name, node.outputs[0].name) for name, node in lasts.items()}
+    alone = {name: _last(pruned, layer).outputs[0].name for name, layer in found.items()}
+    twins = [by_name[b.name] for b in pruned.graph.nodes if b.name in by_name]
+    held = [*aims.values(), *alone.values(), *(t.name for a in twins for t in a.outputs if t.name)]
+    first, second = Runner(original, feeds, evaluate, held), Runner(pruned, feeds, evaluate)
+    clean = set(first.values)  # tensors of the pruned model that are as in the original
+    second.values.update(first.values)
     returned = {tensor.name for tensor in original.graph.outputs}
+    fits: list[Fit] = []
     with pool() as threads:
-        for number, (a, b) in enumerate(zip(original.graph.nodes, pruned.graph.nodes, strict=True)):
-            results = first.run(a, threads)
-            touched = not _same(first, second, a, b)
-            layer = found.get(b.name)
-            if touched and layer is not None and _fittable(layer):
-                join = _join_of(wanted.get(b.name), second, by_name)
-                target, offsets = _target(first, second, layer, a, results, join, places, by_name)
-                last = (join or by_name[(layer.adder or layer.node).name]).outputs[0]
-                gated = bool(last.outputs) and all(r.op == "Relu" for r in last.outputs) and last.name not in returned
-                takes = picks(layer, results[0], seed + number)
+        for number, b in enumerate(pruned.graph.nodes):
+            a, layer = by_name.get(b.name), found.get(b.name)
+            touched = a is None or not _same(a, b, clean)
+            if touched and layer is not None:
+                last, aim, added = lasts[b.name], aims[b.name], _added(joins.get(b.name), second)
+                values, own = first.ensure(aim, threads), first.ensure(alone[b.name], threads)
+                shape = _take(own[0], places.get(alone[b.name], ())).shape
+                cut = places.get(last.outputs[0].name, ())
+                if b.name in joins and (added is None or not shape == added[0].shape == _take(values[0], cut).shape):
+                    last, aim, values, added = _last(pruned, layer), alone[b.name], own, None
+                    cut = places.get(aim, ())
+                target, offsets = _target(values, added, cut)
+                seen = last.outputs[0]
+                gated = bool(seen.outputs) and all(r.op == "Relu" for r in seen.outputs) and seen.name not in returned
+                takes = picks(layer, values, seed + number)
                 fits.append(_fit(layer, edit, second.get(b.inputs[0]), takes, target, offsets, gated))
-            second_results = second.run(b, threads) if touched else results
-            first.keep(a, results)
-            second.keep(b, second_results)
+            if layer is not None:
+                first.ensure(aims[b.name], threads)
+                first.ensure(alone[b.name], threads)
+                first.release(aims[b.name])
+                first.release(alone[b.name])
+            names = [t.name for t in b.outputs if t.name]
+            if touched:
+                second.keep(b, second.run(b, threads))
+            else:
+                second.keep(b, [first.ensure(name, threads) for name in names])
+                clean.update(names)
+            for tensor in a.outputs if a is not None else ():
+                if tensor.name:
+                    first.ensure(tensor.name, threads)
+                    first.release(tensor.name)
             if progress is not None:
-                progress(number + 1, len(original.graph.nodes))
+                progress(number + 1, len(pruned.graph.nodes))
     edit.commit()
     return fits
 
 
-def _same(first: Runner, second: Runner, a: Node, b: Node) -> bool:
-    """Whether a node computes the same in both models: same operands, the very same arrays, same attributes."""
-    if a.attrs != b.attrs and not subgraphs(a):
+def _same(a: Node, b: Node, clean: set[str]) -> bool:
+    """Whether a node computes the same in both models: same operands, untouched so far, and same attributes."""
+    if (a.attrs != b.attrs and not subgraphs(a)) or len(a.inputs) != len(b.inputs):
         return False
-    for x, y in zip(a.inputs, b.inputs, strict=False):
+    for x, y in zip(a.inputs, b.inputs, strict=True):
         if isinstance(x, gs.Constant) or isinstance(y, gs.Constant):
             if not (isinstance(x, gs.Constant) and isinstance(y, gs.Constant) and x._values is y._values):
                 return False
-        elif x.name and first.values[x.name] is not second.values.get(y.name):
+        elif x.name != y.name or (x.name and x.name not in clean):
             return False
-    return bool(len(a.inputs) == len(b.inputs))
+    return all(t.name in clean for t in _operands(b))
+
+
+def _last(model: Model, layer: Layer) -> Node:
+    """The node whose result is the layer's, bias included."""
+    node: Node = layer.adder or layer.node
+    return node
 
 
 def _fittable(layer: Layer) -> bool:
@@ -212,56 +252,26 @@ def _joins(model: Model, found: Mapping[str, Layer]) -> dict[str, Node]:
     """For layers whose result is only added to another computed tensor: that Add, by the layer's name."""
     edit = Editor(model)
     joins = {}
-    by_name = {node.name: node for node in model.graph.nodes}
     for name, layer in found.items():
-        last = by_name[(layer.adder or layer.node).name]
-        reader = edit.sole_consumer(last.outputs[0])
+        reader = edit.sole_consumer(_last(model, layer).outputs[0])
         if reader is not None and reader.op == "Add" and not any(isinstance(t, gs.Constant) for t in reader.inputs):
             joins[name] = reader
     return joins
 
 
-def _join_of(join: Node | None, second: Runner, by_name: Mapping[str, Node]) -> Node | None:
-    """The join, if what is added there has been computed already."""
-    if join is None:
-        return None
-    ready = [t for t in join.inputs if t.name in second.values]
-    return join if ready else None
+def _added(join: Node | None, second: Runner) -> Values | None:
+    """What is added at a join, if it has been computed already."""
+    for tensor in () if join is None else join.inputs:
+        if tensor.name in second.values:
+            return second.values[tensor.name]
+    return None
 
 
-def _target(
-    first: Runner,
-    second: Runner,
-    layer: Layer,
-    a: Node,
-    results: list[Values],
-    join: Node | None,
-    places: Places,
-    by_name: Mapping[str, Node],
-) -> tuple[Value, Value | None]:
-    """What the layer's result, bias included, should be for a feed, and what will be added to it."""
-    values, name, shift = results[0], a.outputs[0].name, None
-    if layer.adder is not None:
-        adder = by_name[layer.adder.name]
-        shift = next(t for t in adder.inputs if isinstance(t, gs.Constant)).values
-        name = adder.outputs[0].name
-
-    def alone(feed: int) -> Array:
-        return _take(values[feed] if shift is None else values[feed] + shift, places.get(name, ()))
-
-    if join is None:
-        return alone, None
-    other = next(t for t in join.inputs if t.name in second.values)
-    if other.name not in first.values:
-        return alone, None
-    here, there, cut = first.get(other), second.get(other), places.get(other.name, ())
-    if not alone(0).shape == _take(here[0], cut).shape == there[0].shape:
-        return alone, None
-
-    def rest(feed: int) -> Array:
-        return np.asarray(alone(feed) + _take(here[feed], cut) - there[feed])
-
-    return rest, lambda feed: np.asarray(there[feed])
+def _target(values: Values, added: Values | None, cut: Sequence[Array | None]) -> tuple[Value, Value | None]:
+    """What the layer's result should be for a feed: the original's, less what will be added to it; and that."""
+    if added is None:
+        return (lambda feed: _take(values[feed], cut)), None
+    return (lambda feed: np.asarray(_take(values[feed], cut) - added[feed])), lambda feed: np.asarray(added[feed])
 
 
 def _take(array: Array, cut: Sequence[Array | None]) -> Array:

@@ -34,14 +34,14 @@ PRESETS: Final[dict[str, str]] = {
     "O1": "eliminate-identity,fold-constants,eliminate-dead",
     # Exact rewrites: exporter debris, shape arithmetic, no-ops, chains, transposes.
     "simplify": "inline-functions,lower-cast-like,fixpoint("
-    "inline-if,eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,eliminate-common-subexpression,"
+    "inline-if,eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
     "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,"
     "fuse-slice-squeeze,split-slices,merge-reshapes,merge-slices,merge-concats,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",
     # Constants into the weights beside them: each rounds once.
     "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
-    "O2": "simplify,sink-transposes-through-sums,fuse-weights,share-initializers,eliminate-dead,infer-shapes",
+    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     "O3": "O2",
     "default": "O3",
 }

@@ -188,7 +188,7 @@ class _Plan:
             self.kept[key] = len(staying) + self.edit.is_output(tensor)
         if self.options.budget is None:
             return
-        allowed = self.options.budget - self.ctx.spent.get("fold-constants", 0)  # one budget for a whole pipeline
+        allowed = self.options.budget - self.ctx.spent.get("bytes", 0)  # one budget for a whole pipeline
         growth = 0
         for key, size in self.size.items():
             value = self.values.get(key)
@@ -216,7 +216,7 @@ class _Plan:
             self.move(node, 1)
             told = f"constant, but storing it adds {more:,} bytes; allow it with fold-constants{{budget=none}}"
             self.ctx.remark(node, told)
-        self.ctx.spent["fold-constants"] = self.ctx.spent.get("fold-constants", 0) + growth
+        self.ctx.spent["bytes"] = self.ctx.spent.get("bytes", 0) + growth
 
     def move(self, node: Node, step: int) -> int:
         """Let `node` stay after all (1), or fold it again (-1); returns by how much the file grows."""

@@ -129,6 +129,20 @@ def test_digits_nets_keep_outputs_and_accuracy(name: str) -> None:
     assert right[0] == right[1] > 0.9 * len(data["y_test"])
 
 
+# The fewest nodes among the peers' valid results; docs/simplify.md has the table.
+PEERS_BEST = {
+    "light_bvlc_alexnet": 24,
+    "light_densenet121": 550,
+    "light_inception_v1": 139,
+    "light_inception_v2": 226,
+    "light_resnet50": 123,
+    "light_shufflenet": 154,
+    "light_squeezenet": 66,
+    "light_vgg19": 46,
+    "light_zfnet512": 22,
+}
+
+
 @pytest.mark.parametrize("path", sorted(LIGHT.glob("*.onnx")), ids=lambda p: p.stem)
 def test_light_topologies_stay_valid_and_small(path: Path) -> None:
     before = ir.load(path)
@@ -139,3 +153,6 @@ def test_light_topologies_stay_valid_and_small(path: Path) -> None:
     grown = len(ir.saves(result.model)) - path.stat().st_size
     assert grown <= (1 << 20) + 128 * sum(1 for _ in before.nodes())  # the rest is what infer-shapes wrote down
     assert np.isfinite(result.model.nbytes)
+    counts = Counter(node.op for node in result.model.nodes())
+    assert sum(counts.values()) - counts["ConstantOfShape"] <= PEERS_BEST[path.stem]
+    assert counts["ConstantOfShape"] <= (path.stem == "light_shufflenet")  # where groups of channels differ

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses import channel_relations
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor, captures
+from graphopt.elements import stored_bytes
 from graphopt.ir import Constant, Model, Node, subgraphs
 
 Array = np.ndarray[Any, Any]
@@ -100,9 +101,15 @@ Fix = Callable[[Kept, Editor], None]
 class ChannelGroups:
     """The classes of a model; `groups` for users, `classes`, `contractions` and `apply` for passes."""
 
-    def __init__(self, model: Model, carriers: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        carriers: dict[str, int] | None = None,
+        relation_of: Callable[[Node], channel_relations.Relation | None] = channel_relations.relation_of,
+    ) -> None:
         """Analyse `model`; `carriers` says for a Reshape, by node name, which axis of a split carries the channels."""
         self.model = model
+        self.relation_of = relation_of
         self.shapes = Shapes(model)
         self.contractions: list[Contraction] = []
         self.balances: list[tuple[Array, ...]] = []
@@ -204,7 +211,7 @@ class ChannelGroups:
         for body in subgraphs(node):
             for tensor in captures(body).values():
                 self._pin_tensor(tensor, f"node {node.name!r} ({node.op}) reads it inside a body")
-        relation = channel_relations.relation_of(node)
+        relation = self.relation_of(node)
         call = channel_relations.Call(self, node)
         results: Sequence[Labels | None] | None = None
         why = "has no relation in the table"
@@ -370,6 +377,55 @@ class ChannelGroups:
             worst = imbalance(counts)
         return None if worst else tuple(chosen)
 
+    def balanced(self, removed: Iterable[int]) -> list[list[int]]:
+        """Of the classes to remove, as many (by a greedy search) as leave blocks that have to be of one size equal.
+
+        Returns:
+            Sets of classes, each of which may go without the others, in order.
+        """
+        gone = set(removed)
+        candidates = sorted(gone & self._blocks.keys())
+        if candidates:
+            edges = np.cumsum([0, *map(len, self.balances)])
+            sizes = np.array([len(block) for blocks in self.balances for block in blocks])
+            table = np.array([self._blocks[c] for c in candidates])
+            counts = sizes - table.sum(axis=0)
+
+            def tops(counts: Array) -> Array:
+                return np.repeat(np.maximum.reduceat(counts, edges[:-1], axis=-1), np.diff(edges), axis=-1)
+
+            left = np.ones(len(candidates), bool)
+            while (short := tops(counts) > counts).any():
+                useful = np.flatnonzero(left & (table[:, short] > 0).any(axis=1))
+                if not len(useful):
+                    gone -= set(candidates)
+                    break
+                tried = counts + table[useful]
+                best = useful[np.argmin((tops(tried) - tried).sum(axis=1))]
+                left[best] = False
+                counts = counts + table[best]
+                gone.discard(candidates[best])
+        return self._independent(sorted(gone))
+
+    def _independent(self, classes: Sequence[int]) -> list[list[int]]:
+        """The classes, those together that are tied by balances."""
+        balance_of = np.repeat(np.arange(len(self.balances)), [*map(len, self.balances)])
+        touched = {c: np.unique(balance_of[self._blocks[c] > 0]).tolist() for c in classes if c in self._blocks}
+        parent = list(range(len(self.balances)))
+
+        def find(balance: int) -> int:
+            while parent[balance] != balance:
+                balance = parent[balance]
+            return balance
+
+        for first, *others in touched.values():
+            for other in others:
+                parent[find(other)] = find(first)
+        sets: dict[tuple[str, int], list[int]] = {}
+        for c in classes:
+            sets.setdefault(("tied", find(touched[c][0])) if c in touched else ("free", c), []).append(c)
+        return list(sets.values())
+
     def is_balanced(self, kept: Kept) -> bool:
         """Whether blocks that have to be of one size are, and no axis is empty."""
         equal = all(len({kept.count(block) for block in blocks}) == 1 for blocks in self.balances)
@@ -377,15 +433,18 @@ class ChannelGroups:
 
     # ------------------------------------------------------------------------------------------------- slicing
 
-    def apply(self, removed: Iterable[int], edit: Editor) -> None:
-        """Slice the model: weights, attributes and shape constants; `is_balanced` must hold for what stays."""
+    def apply(self, removed: Iterable[int], edit: Editor, values_of: Mapping[int, Array] | None = None) -> None:
+        """Slice the model: weights, attributes and shape constants; `is_balanced` must hold for what stays.
+
+        Args:
+            removed: classes.
+            edit: of the model.
+            values_of: by id of a constant, what to slice instead of its own values.
+        """
         kept = Kept(self, removed)
         replaced: dict[int, Constant] = {}
-        for key, weight in self._weights.items():
-            cut = not weight.frozen and any(a is not None and not kept.mask(a).all() for a in weight.labels)
-            if not cut and weight.custom is None:
-                continue
-            values = np.asarray(weight.tensor.values)
+        for key, weight in self._sliced(kept):
+            values = np.asarray((values_of or {}).get(key, weight.tensor.values))
             if weight.custom is not None:
                 values = weight.custom(kept, values)
             else:
@@ -408,6 +467,29 @@ class ChannelGroups:
                         dim if atoms is None else kept.count(atoms)
                         for dim, atoms in zip(tensor.shape, labels, strict=True)
                     )
+
+    def _sliced(self, kept: Kept) -> list[tuple[int, _Weight]]:
+        """The weights that may lose something, by id of their constants."""
+        return [
+            (key, weight)
+            for key, weight in self._weights.items()
+            if weight.custom is not None
+            or (not weight.frozen and any(a is not None and not kept.mask(a).all() for a in weight.labels))
+        ]
+
+    def bytes_after(self, removed: Iterable[int]) -> dict[int, int]:
+        """Bytes of each constant that `apply` would slice, afterwards, by id."""
+        kept = Kept(self, removed)
+        found: dict[int, int] = {}
+        for key, weight in self._sliced(kept):
+            dims = [
+                int(n) if a is None else kept.count(a) for n, a in zip(weight.tensor.shape, weight.labels, strict=True)
+            ]
+            columns = weight.custom.columns[0] if weight.custom is not None else None
+            if columns is not None:
+                dims[1] = kept.count(columns)
+            found[key] = stored_bytes(np.dtype(weight.tensor.dtype), dims)
+        return found
 
     def cost_model(self, what: str) -> CostModel:
         """What the model costs, and what it saves to remove classes: ``macs`` of one sample, or ``params``."""

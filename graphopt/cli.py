@@ -26,6 +26,8 @@ from graphopt.commands.groups import groups
 from graphopt.commands.inspect import inspect
 from graphopt.commands.opt import opt
 from graphopt.commands.passes import passes
+from graphopt.commands.reduce import reduce
+from graphopt.commands.reproduce import reproduce
 from graphopt.commands.run import run_bundle
 from graphopt.commands.sensitivity import sensitivity
 from graphopt.commands.terminal import complain, err, mute_stdout
@@ -52,6 +54,8 @@ app.command(short_help="Show which channels can be removed, and what keeps the o
 app.command(short_help="Say what int8 costs, layer by layer.")(sensitivity)
 app.command(short_help="Run two models on the same inputs.")(compare)
 app.command(short_help="Find the rewrite that breaks a model.")(bisect)
+app.command(short_help="Say whether a reproducer still fails.")(reproduce)
+app.command(short_help="Make a failing model as small as it gets.")(reduce)
 app.command("run", short_help="Run a bundle or a model on this machine.")(run_bundle)
 app.command(short_help="Time bundles and models side by side.")(bench)
 

@@ -5,6 +5,7 @@ Instruments stack in any order; the driver knows none of them.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import shlex
@@ -15,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 
 from graphopt import equivalence, verify
 from graphopt.backend import ShapeRange
 from graphopt.errors import GraphoptError, NotEquivalent, PassError, UnsupportedModel, VerifyError
-from graphopt.ir import Model, save
+from graphopt.ir import Model, dtype_name, save
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.pipeline import Pipeline, step_text
 
@@ -224,8 +226,16 @@ class Reproducer(_Silent):
 
     KEY = "graphopt.reproduce"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
+        seed: int = 0,
+        shapes: Mapping[str, ShapeRange] | None = None,
+    ) -> None:
+        """`path` is written; the rest are those of a `Compare` in the same stack, and go into the file while they are small."""
         self.path = path
+        self.feeds, self.seed, self.shapes = feeds, seed, shapes
 
     def before_pass(self, step: Pass, model: Model, ctx: Context) -> None:
         """Keep the model as it is now; constants are shared."""
@@ -235,7 +245,15 @@ class Reproducer(_Silent):
         """Write the file."""
         pipeline = step_text(step)
         command = f"graphopt opt {shlex.quote(str(self.path))} -o out.onnx -p {shlex.quote(pipeline)}"
-        facts = {"pipeline": pipeline, "command": command, "error": f"{type(error).__name__}: {error}"}
+        facts = {
+            "pipeline": pipeline,
+            "command": command,
+            "error": f"{type(error).__name__}: {error}",
+            "seed": self.seed,
+            "shapes": {name: str(wanted) for name, wanted in (self.shapes or {}).items()},
+            "target": None if ctx.target is None else str(ctx.target),
+            "feeds": packed(self.feeds),
+        }
         properties = self._before.carried.metadata_props
         kept = [p for p in properties if p.key != self.KEY]  # the input may be a reproducer itself
         del properties[:]
@@ -246,3 +264,44 @@ class Reproducer(_Silent):
             error.add_note(f"no reproducer: {refusal}")
         else:
             error.add_note(f"reproduce with: {command}")
+            error.add_note(f"or ask whether it still fails: graphopt reproduce {shlex.quote(str(self.path))}")
+
+
+_MOST_PACKED = 1 << 20  # bytes of samples that a reproducer takes in
+
+
+def packed(feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None) -> list[dict[str, dict[str, Any]]] | None:
+    """Samples as JSON values; None where there are none, or more than fits."""
+    if not feeds or sum(a.nbytes for f in feeds for a in f.values()) > _MOST_PACKED:
+        return None
+    if any(a.dtype.kind in "OU" for f in feeds for a in f.values()):
+        return None
+    return [
+        {
+            name: {
+                "dtype": dtype_name(array.dtype),
+                "shape": list(array.shape),
+                "data": base64.b64encode(np.ascontiguousarray(array).tobytes()).decode(),
+            }
+            for name, array in sample.items()
+        }
+        for sample in feeds
+    ]
+
+
+def unpacked(samples: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, np.ndarray[Any, Any]]]:
+    """What `packed` was given; raises ValueError, KeyError or TypeError for anything else."""
+    return [
+        {
+            name: np.frombuffer(
+                base64.b64decode(entry["data"], validate=True), numpy_type(str(entry["dtype"]))
+            ).reshape([int(d) for d in entry["shape"]])
+            for name, entry in sample.items()
+        }
+        for sample in samples
+    ]
+
+
+def numpy_type(name: str) -> np.dtype[Any]:
+    """The NumPy or ml_dtypes type of that name."""
+    return np.dtype(getattr(ml_dtypes, name, name))

@@ -367,3 +367,50 @@ def test_build_goes_on_without_the_failing_rewrite_and_the_manifest_says_so(run:
     assert variant["dropped"][0]["nodes"] == ["neg7"]
     assert any("left out" in remark for remark in variant["remarks"])
     assert variant["proof"]["relative"] <= variant["proof"]["tolerance"]
+
+
+def test_reproduce_says_whether_it_still_fails(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez("d.npz", x=np.array([1, 2], np.float32))
+    for how, extra in (
+        ("raise", []),
+        ("dangling", []),
+        ("numbers", ["--compare-each", "--data", "d.npz"]),
+        ("operator", ["--check"]),
+    ):
+        failing = ["opt", "m.onnxtxt", "-o", "o.onnx", "-p", PIPELINE.format(how=how), "--reproducer", "f.onnx", *extra]
+        done = run(*failing)
+        assert done.code == 3
+        assert "graphopt reproduce f.onnx" in done.err
+        done = run("reproduce", "f.onnx", "--report", "r.json")
+        assert (done.code, done.err) == (1, ""), how
+        assert done.out.startswith("it still fails: "), done.out
+        assert json.loads(Path("r.json").read_text())["same"] is True
+    with monkeypatch.context() as mended:
+        mended.setattr(NegToMul, "run", lambda self, model, ctx: 0)
+        done = run("reproduce", "f.onnx")
+        assert done.code == 0
+        assert "does not fail any more" in done.out
+    with monkeypatch.context() as other:
+        other.setattr(NegToMul, "run", lambda self, model, ctx: 7)
+        done = run("reproduce", "f.onnx")
+        assert done.code == 1
+        assert "fails, though otherwise" in done.out
+
+
+def test_what_is_no_reproducer_is_told(run: Callable[..., Done]) -> None:
+    done = run("reproduce", "m.onnxtxt")
+    assert done.code == 1
+    assert "is no reproducer" in done.err
+    for value in ("{", "[]", '{"pipeline": 3, "error": ""}', '{"pipeline": "", "error": "", "feeds": [{"x": 3}]}'):
+        model = ir.parse(chain(1))
+        entry = model.carried.metadata_props.add()
+        entry.key, entry.value = "graphopt.reproduce", value
+        ir.save(model, "bad.onnx")
+        done = run("reproduce", "bad.onnx")
+        assert done.code == 1
+        assert "damaged" in done.err
+    model.carried.metadata_props[0].value = '{"pipeline": "no-such-pass", "error": ""}'
+    ir.save(model, "bad.onnx")
+    done = run("reproduce", "bad.onnx")
+    assert done.code == 2
+    assert "unknown pass" in done.err

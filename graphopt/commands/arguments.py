@@ -179,7 +179,7 @@ def make_instruments(
 
     chosen: list[Instrument] = []
     if reproducer is not None:
-        chosen.append(instruments.Reproducer(reproducer))
+        chosen.append(instruments.Reproducer(reproducer, feeds, seed, ranges))
     if compare_each:
         chosen.append(instruments.Compare(feeds, seed, ranges))
     if print_after_change:

@@ -62,6 +62,9 @@ def opt(
     dump: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write the model after each pass.")] = None,
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
     continue_without_failing: Continue = False,
+    origins: Annotated[
+        bool, typer.Option("--origins", help="Write into each node what it stands for, for compare --layers.")
+    ] = False,
     keep: Annotated[list[str] | None, typer.Option(metavar="TENSOR", help="Make a tensor an output too.")] = None,
     extract: Annotated[
         str | None, typer.Option(metavar="A[,A2]:B[,B2]", help="Only what computes B from A; ':B' keeps the inputs.")
@@ -112,6 +115,10 @@ def opt(
     if continue_without_failing:
         recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
     result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node, data=samples), stack, recovery)
+    if origins:
+        from graphopt.layers import write_origins
+
+        write_origins(result.model)
     if output == "-":
         to_stdout(result.model.text().encode() if text else ir.saves(result.model))
     else:

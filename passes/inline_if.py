@@ -1,7 +1,12 @@
-"""``if true: a else: b`` is a, whatever b is; and ``if c: a else: a`` is a, whatever c is."""
+"""``if true: a else: b`` is a, whatever b is; and ``if c: a else: a`` is a, whatever c is.
+
+Where the condition is not known, the readers may know: a branch whose result they cannot take (analyses/rank_demands) is taken in no
+run that succeeds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.rank_demands import RankDemands
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Constant, Graph, Model, Node, subgraphs
@@ -38,6 +44,7 @@ class InlineIf(Pass):
         """One sweep, outer before inner; returns the number of Ifs replaced."""
         shapes = ctx.analysis(Shapes, model)
         edit = Editor(model)
+        demands = RankDemands(edit, shapes)
         inlined = 0
         for node in list(model.nodes()):
             if node.op != "If" or not node.is_onnx or edit.is_erased(node):
@@ -50,6 +57,8 @@ class InlineIf(Pass):
                 taken = branches[0 if bool(known.reshape(-1)[0]) else 1]
             elif _same(branches[0], branches[1], {}):
                 taken = branches[0]
+            elif (only := _only_possible(node, branches, demands)) is not None:
+                taken = only
             else:
                 ctx.remark(node, f"condition {node.inputs[0].name!r} is not known, and the branches differ")
                 continue
@@ -65,6 +74,12 @@ class InlineIf(Pass):
             inlined += 1
         edit.commit()
         return inlined
+
+
+def _only_possible(node: Node, branches: Sequence[Graph], demands: RankDemands) -> Graph | None:
+    """The branch that is taken in every run that succeeds, if the other gives a rank that its readers cannot take."""
+    left = [branch for branch in branches if not demands.impossible(node, branch)]
+    return left[0] if len(left) == 1 else None
 
 
 def _refusing_reader(node: Node, taken: Graph, shapes: Shapes) -> Node | None:

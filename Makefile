@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs simplify clean
+.PHONY: demo test fuzz lint docs simplify clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml
@@ -21,6 +21,9 @@ lint: .venv/.installed
 
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest -q -n 2
+
+fuzz: .venv/.installed  ## the laws of the suite on random models, for MINUTES (10)
+	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10)
 
 simplify: .venv/.installed  ## nodes, CPU seconds and memory beside the peers; PEERS is a Python with benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.simplify $(if $(PEERS),--python $(PEERS))

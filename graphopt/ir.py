@@ -45,8 +45,8 @@ from graphopt.elements import (
     walk,
 )
 from graphopt.errors import InvalidModel, UnsupportedModel
-from graphopt.reading import Reader, domain_of, nodes_of
-from graphopt.wire import MAP_ABOVE, WireError, map_file, pieces, replacing, scan
+from graphopt.reading import MOST_NESTED, Reader, domain_of, nodes_of
+from graphopt.wire import MAP_ABOVE, WireError, map_file, nesting, pieces, replacing, scan
 from graphopt.writing import Writer, is_sparse, raw_bytes, referenced, serialize, write_external, write_inline
 
 EXTERNAL_ABOVE: Final = (
@@ -279,8 +279,9 @@ def _read(view: memoryview, where: str, source: Path | None) -> Model:
     try:
         slim, raws = scan(view)
         proto = onnx.ModelProto.FromString(slim)
-    except (DecodeError, WireError) as error:
-        reason = "it nests bodies deeper than protobuf admits" if "MaxDepth" in str(error) else "not one, or truncated"
+    except (DecodeError, WireError):
+        deep = nesting(view) > MOST_NESTED
+        reason = "it nests bodies deeper than protobuf admits" if deep else "not one, or truncated"
         raise InvalidModel(
             f"{where} cannot be read as an ONNX model ({reason}; {len(view)} bytes): copy or export it again"
         ) from None

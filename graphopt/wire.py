@@ -97,6 +97,29 @@ def scan(view: memoryview) -> tuple[bytes, dict[int, Buffer]]:
     return b"".join(model), raws
 
 
+_BODIES: Final = {  # message -> tag of a field -> message in it: the way from a graph to the bodies of its nodes
+    "model": {_tag(MODEL_GRAPH): "graph"},
+    "graph": {_tag(1): "node"},
+    "node": {_tag(5): "attribute"},
+    "attribute": {_tag(6): "graph", _tag(11): "graph"},
+}
+
+
+def nesting(view: memoryview) -> int:
+    """How many graphs lie inside one another in a serialized model, as far as its bytes are messages; 1 for no bodies."""
+    deepest, pending = 0, [(view, "model", 0)]
+    while pending:
+        message, kind, depth = pending.pop()
+        deepest = max(deepest, depth)
+        try:
+            for tag, _, begin, end in _fields(message):
+                if inner := _BODIES[kind].get(tag):
+                    pending.append((message[begin:end], inner, depth + (inner == "graph")))
+        except WireError:
+            continue
+    return deepest
+
+
 def _split(tensor: memoryview) -> tuple[bytes, memoryview | None]:
     """A serialized TensorProto without its raw_data, and that, when it is large."""
     raw: memoryview | None = None

@@ -482,7 +482,7 @@ def held_sizes(call: Call) -> list[Axis] | None:
     if node.op == "Shape":
         return sizes.get(id(node.outputs[0]))
     held = [sizes.get(id(t)) for t in node.inputs]
-    first = held[0]
+    first = held[0] if held else None
     if node.op in ("Identity", "Cast", "Unsqueeze", "Squeeze", "Reshape") and not any(held[1:]):
         return first
     if node.op == "Gather" and first is not None and not any(held[1:]):

@@ -29,7 +29,7 @@ from graphopt.bundle import Bundle
 from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
-from graphopt.evaluate import evaluate_node
+from graphopt.evaluate import evaluate_node, seconds
 from graphopt.instruments import Census, Statistics, Verify, census
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context, Exactness
@@ -224,7 +224,16 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
             recovery=_recovery(request, target, aloud=False) if request.recover else None,
         )
         pipeline = outcome.pipeline
+    update = request.progress(target)
     ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
+    if target.runtime == "ort" and (target.device or "cpu").startswith("cpu"):
+        ctx.clock = seconds
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if update is not None:
+            update(stage, done / total)
+
+    ctx.progress = progress
     recovery = _recovery(request, target) if request.recover else None
     result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments], recovery)
     left_out = {str(d) for d in recovery.dropped} if recovery is not None else set()
@@ -235,7 +244,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")
     proof = _prove(request, target, result, pipeline)
-    artifact = backend.emit(result.model, target, folder, request.options, request.progress(target))
+    artifact = backend.emit(result.model, target, folder, request.options, update)
     for remark in artifact.remarks:
         request.say(f"{target}: {remark}")
     if outcome is not None:
@@ -358,6 +367,8 @@ def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
         ],
         "remarks": [*built.artifact.remarks, *map(str, built.result.remarks)],
     }
+    if "prune-channels" in built.result.facts:
+        entry["pruning"] = built.result.facts["prune-channels"]
     if built.int8 is not None:
         entry["int8"] = built.int8.as_dict()
     if built.dropped is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -41,6 +41,8 @@ class Remark:
 
 Evaluate = Callable[[Model, gs.Node, list[np.ndarray[Any, Any] | None]], list[np.ndarray[Any, Any]]]
 
+Clock = Callable[[Sequence[Model], Mapping[str, np.ndarray[Any, Any]]], list[float]]
+
 
 def _no_evaluator(model: Model, node: gs.Node, inputs: list[Any]) -> list[Any]:
     raise NotImplementedError("this context has no evaluator")
@@ -64,6 +66,9 @@ class Context:
     round: int = 0  # of the fixpoint it runs in; 0 outside
     analyses: dict[type, Any] = field(default_factory=dict)  # of the model as it is; the driver drops them on a change
     data: Data | None = None  # calibration samples, for passes that ask how values look
+    clock: Clock | None = None  # seconds of a run of each model where it will run; None: that cannot be measured here
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None  # of passes that take minutes
+    facts: dict[str, Any] = field(default_factory=dict)  # by pass: what a report should hold, as JSON knows it
 
     def analysis(self, kind: Callable[[Model], Analysis], model: Model) -> Analysis:
         """The analysis `kind` of `model`, computed at most once until a pass changes the model.

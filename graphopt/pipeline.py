@@ -109,6 +109,7 @@ class Result:
     steps: tuple[StepReport, ...]
     remarks: tuple[Remark, ...]
     stops: tuple[str, ...] = ()  # why each fixpoint stopped
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # by pass: what a report should hold
 
     @property
     def rewrites(self) -> int:
@@ -169,9 +170,9 @@ class Pipeline:
             InvalidModel: `model` has a cycle.
         """
         if ctx is None:
-            from graphopt.evaluate import evaluate_node
+            from graphopt.evaluate import evaluate_node, seconds
 
-            ctx = Context(evaluate=evaluate_node)
+            ctx = Context(evaluate=evaluate_node, clock=seconds)
         if instruments is None:
             from graphopt.instruments import Verify
 
@@ -229,6 +230,7 @@ class _Run:
         self.idle: dict[Pass, int] = {}  # the number of changes after which a pass found nothing to do
 
     def pipeline(self, pipeline: Pipeline) -> Result:
+        self.ctx.facts.clear()
         self.ctx.analyses.clear()  # a context may have seen another model
         if pipeline.steps:
             self.model.modernize()
@@ -245,7 +247,7 @@ class _Run:
         for instrument in self.instruments:
             instrument.after_pipeline(self.model, self.ctx)
         remarks = tuple(dict.fromkeys(self.ctx.remarks))
-        return Result(self.model, tuple(self.reports), remarks, tuple(self.stops))
+        return Result(self.model, tuple(self.reports), remarks, tuple(self.stops), dict(self.ctx.facts))
 
     def step(self, step: Step, round_number: int) -> int:
         if isinstance(step, Pass):

@@ -1,8 +1,9 @@
 """Structured pruning: whole channels go, everywhere at once, and what reads them is fitted to the original again.
 
-1. Channel groups (analyses/channel_groups): which indices of which weights have to go together.
+1. Channel groups (analyses/channel_groups): which indices of which weights have to go together; residual blocks, which can go whole.
 2. Error curves (analyses/importance): for each family of groups, in which order channels go and what error that leaves.
-3. Allocation (analyses/allocation): how many channels each family loses, by damage measured at the model's outputs.
+3. Allocation (analyses/allocation): how many channels each family loses, by damage measured at the model's outputs, against
+   multiply-accumulates, parameters, or the time that layers take on this machine (analyses/latency).
 4. Slicing: weights, group counts, shape constants.
 5. Repair (analyses/repair): ridge least squares of every layer behind a cut, without labels.
 
@@ -12,23 +13,31 @@ Steps 2 to 5 need samples; without any, squared norms of weights decide and noth
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 
-from graphopt.analyses import allocation
-from graphopt.analyses.channel_groups import ChannelGroups, Group, Kept, channel_groups
-from graphopt.analyses.importance import SELECTORS, Curve, curve, families, sites
+from graphopt import equivalence
+from graphopt.analyses import allocation, latency
+from graphopt.analyses import prune_report as report
+from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, channel_groups
+from graphopt.analyses.cut import Cut
+from graphopt.analyses.importance import SELECTORS, Curve, Family, curve, families, sites
 from graphopt.analyses.repair import Feeds, Fit, live_bytes
 from graphopt.analyses.repair import repair as fit_to
-from graphopt.edit import Editor, cleanup
-from graphopt.errors import UsageError, UserError
+from graphopt.analyses.residual_blocks import Block, chains, residual_blocks
+from graphopt.edit import cleanup
+from graphopt.errors import UserError
 from graphopt.ir import Model
 from graphopt.pass_base import Context, Exactness, Pass
 
+Array = np.ndarray[Any, Any]
+
+_ATTEMPTS: Final = 5  # at the latency that was asked for
 _MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
 _MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
 _ALIGNMENT: Final = (
@@ -39,15 +48,13 @@ _MEMORY: Final = 5 << 29  # bytes of activations
 _BATCH: Final = 32
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
-Places = dict[str, list["np.ndarray[Any, Any] | None"]]
-
 
 @dataclass(frozen=True)
 class PruneChannels(Pass):
     """Remove the channels that matter least, and repair the layers behind them from samples without labels.
 
-    `ratio` is of the multiply-accumulates (or parameters) that the model had before it was first pruned, so a second run
-    finds nothing left to do.
+    `ratio` is the share to remove of the multiply-accumulates (or parameters) that the model had before it was first pruned, so a
+    second run finds nothing left to do. With ``target=latency`` it is the share of the time that may be left.
 
     Before:
         g (float[1,2,1,1] x) => (float[1,2,1,1] y)
@@ -64,65 +71,78 @@ class PruneChannels(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.APPROXIMATE
-    ratio: float = 0.3  # share of the cost to remove, 0 to 1
-    target: Literal["macs", "params"] = "macs"  # the cost: multiply-accumulates of a sample, or parameters
+    ratio: float | None = None  # macs, params: share to remove, 0.3; latency: share of the time that is left, 0.7
+    target: Literal["macs", "params", "latency"] = (
+        "macs"  # the cost: of a sample; parameters; seconds in ONNX Runtime on this CPU
+    )
     importance: Literal["obs", "activation", "l1", "l2", "median", "random"] = "obs"  # who goes first
     align: int | None = (
         None  # kept widths are multiples of this where they were; none: what the target wants, 8 without one
     )
     keep: float = 0.1  # least share of each group's channels that stays
     exclude: tuple[str, ...] = ()  # globs of weights and nodes whose channels stay
+    drop_blocks: bool | None = None  # whole residual blocks may go, too; none: with target=latency
+    heads: bool = False  # attention loses whole heads, not indices of all heads
     rounds: int = 1  # cuts, each followed by a repair
     repair: bool = True  # fit what is left to the original
     samples: int = 1024  # most that are read
 
     def __post_init__(self) -> None:
         for name in ("ratio", "keep"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give a share between 0 and 1, as in {name}=0.3")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} is {value}; give a share between 0 and 1, as in {name}=0.3")
         if self.rounds < 1 or self.samples < 1 or (self.align is not None and self.align < 1):
             raise ValueError("rounds, samples and align are 1 at least")
 
+    @property
+    def left(self) -> float:
+        """The share of the cost that may be left."""
+        if self.target == "latency":
+            return 0.7 if self.ratio is None else self.ratio
+        return 1 - (0.3 if self.ratio is None else self.ratio)
+
     def run(self, model: Model, ctx: Context) -> int:
-        """Prune in rounds; returns the number of channel classes (or balanced sets of them) removed."""
-        groups = channel_groups(model)
-        full = self._recorded(model, groups)
-        if groups.cost_model(self.target).total() <= full * (1 - self.ratio) * 1.001:
+        """Prune in rounds; returns the number of channel classes (or balanced sets of them) and blocks removed."""
+        groups = channel_groups(model, heads=self.heads)
+        reached = self._reached(model, groups)
+        if reached <= self.left * (1.05 if self.target == "latency" else 1.001):
             return 0
         self._require_prunable(groups)
+        if self.target == "latency" and ctx.clock is None:
+            raise UserError(
+                "prune-channels: target=latency needs a target that runs here; build for ort:cpu, or take target=macs"
+            )
         feeds = _feeds(ctx, groups, self.samples)
         if not feeds:
             ctx.remark(None, "no calibration data: norms of weights decide, and nothing is repaired")
-        original, places = model.clone(), Places()
-        before = groups.cost_model("macs").total(), groups.cost_model("params").total()
-        widths: dict[str, tuple[int, int]] = {}
+        original, cut = model.clone(), Cut()
         removed = 0
-        start = groups.cost_model(self.target).total()
         fits: list[Fit] = []
         plain = math.nan
         for number in range(self.rounds):
             if number:
-                groups = channel_groups(model)
-            goal = start * (full * (1 - self.ratio) / start) ** ((number + 1) / self.rounds)
-            steps = self._cut(groups, feeds, goal, ctx)
+                groups = channel_groups(model, heads=self.heads)
+            goal = (self.left / reached) ** (1 / self.rounds)
+            steps, blocks = self._choose(model, groups, feeds, goal, ctx)
             admitted = [step for step in steps if ctx.admit()]
-            if not admitted:
+            blocks = [block for block in blocks if ctx.admit()]
+            if not admitted and not blocks:
                 break
-            removed += len(admitted)
-            gone = {c for step in admitted for c in step}
-            for group in groups.groups:
-                first, last = widths.get(group.name, (group.width, group.width))
-                widths[group.name] = first, last - len(gone.intersection(group.classes))
-            self._slice(model, groups, gone, places)
+            removed += len(admitted) + len(blocks)
+            cut.apply(model, groups, {c for step in admitted for c in step}, blocks)
             if feeds and self.repair:
                 if number == self.rounds - 1:
                     plain = _distance(original, model, feeds)
-                fits = fit_to(original, model, places, feeds, ctx.evaluate, seed=ctx.seed)
+                told = functools.partial(ctx.progress, "fitting layers")
+                stands = cut.stands
+                fits = fit_to(
+                    original, model, cut.places, feeds, ctx.evaluate, stands=stands, seed=ctx.seed, progress=told
+                )
                 cleanup(model)
         if not removed:
             return 0
-        self._record(model, full)
-        self._report(ctx, model, original, before, widths, fits, feeds, plain)
+        self._report(ctx, model, original, cut, fits, feeds, plain, reached)
         return removed
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -140,113 +160,225 @@ class PruneChannels(Pass):
         return [g for g in groups.groups if g.width > 1 and not self._excluded(g)]
 
     def _excluded(self, group: Group) -> bool:
-        names = [group.name, *(name for name, _, _ in group.sites), *group.consumers]
+        return self._named([group.name, *(name for name, _, _ in group.sites), *group.consumers])
+
+    def _named(self, names: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
 
-    def _cut(self, groups: ChannelGroups, feeds: Feeds, goal: float, ctx: Context) -> list[tuple[int, ...]]:
-        """The classes to remove, in the sets in which they go."""
+    def _blocks(self, model: Model, groups: ChannelGroups, feeds: Feeds) -> list[Block]:
+        wanted = self.target == "latency" if self.drop_blocks is None else self.drop_blocks
+        found = residual_blocks(model, groups.shapes) if wanted and feeds else []
+        return [block for block in found if not self._named([block.join, *block.nodes])]
+
+    def _curves(self, groups: ChannelGroups, feeds: Feeds, ctx: Context) -> tuple[list[Curve], list[Array]]:
+        """How each family shrinks, and with what damage after each step."""
         free = {id(g) for g in self._free(groups)}
         readers = sites(groups, feeds, ctx.evaluate, ctx.seed)
         most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
         curves = []
-        for family in families(groups):
+        found = families(groups)
+        for number, family in enumerate(found):
             classes = set(family.classes)
             mine = [site for site in readers if classes.intersection(site.owner.tolist())]
             limits = {g: most[g] for g in family.groups}
-            if not any(limits.values()):
-                continue
-            marks = _MEASURED if feeds else ()
-            selector = SELECTORS[self.importance]
-            curves.append(curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
-        points = (
-            allocation.measure(groups, curves, self._some(groups, curves, feeds)) if feeds else [[] for _ in curves]
+            if any(limits.values()):
+                selector, marks = SELECTORS[self.importance], _MEASURED if feeds else ()
+                curves.append(curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
+            ctx.progress("ordering channels", number + 1, len(found))
+        if not feeds:
+            return curves, [allocation.damages(line, []) for line in curves]
+        told = functools.partial(ctx.progress, "measuring cuts")
+        points = allocation.measure(
+            groups, curves, self._some(groups, sum(len(c.weights) for c in curves), feeds), told
         )
-        costs = [allocation.damages(line, found) for line, found in zip(curves, points, strict=True)]
-        now = groups.cost_model(self.target).total()
-        wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
+        return curves, [allocation.damages(line, at) for line, at in zip(curves, points, strict=True)]
 
-        share = goal / now
+    def _choose(
+        self, model: Model, groups: ChannelGroups, feeds: Feeds, goal: float, ctx: Context
+    ) -> tuple[list[tuple[int, ...]], list[Block]]:
+        """What to remove: classes, in the sets in which they go, and blocks."""
+        curves, costs = self._curves(groups, feeds, ctx)
+        blocks = self._blocks(model, groups, feeds)
+        if blocks:
+            some = self._some(groups, 3 * len(blocks), feeds)
+            told = functools.partial(ctx.progress, "measuring blocks")
+            lines = chains(model, blocks)
+            for order, errors in allocation.measure_blocks(model, blocks, lines, some, ctx.evaluate, ctx.seed, told):
+                curves.append(Curve(Family((), ()), [(-1 - k,) for k in order], [0.0, *errors]))
+                costs.append(np.maximum.accumulate([0.0, *errors]))
+        parts = [block.nodes for block in blocks]
+        wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
+        if self.target == "latency":
+            taken = self._by_time(model, groups, curves, costs, blocks, goal, self.align or wish, feeds, ctx)
+        else:
+            taken = self._by_count(groups, curves, costs, parts, goal, wish)
+        steps = [step for line, position in zip(curves, taken, strict=True) for step in line.steps[:position]]
+        return [s for s in steps if s[0] >= 0], [blocks[k] for k in sorted(-1 - s[0] for s in steps if s[0] < 0)]
+
+    def _by_count(
+        self,
+        groups: ChannelGroups,
+        curves: Sequence[Curve],
+        costs: Sequence[Array],
+        parts: Sequence[frozenset[str]],
+        goal: float,
+        wish: int,
+    ) -> list[int]:
+        """How many steps each family takes, against what can be counted."""
         while True:  # what the hardware wishes gives way where it would take much more than was asked for
             step = self.align or wish
-            stops = [_stops(line, step, self.align is not None) for line in curves]
-            taken, left = allocation.allocate(groups, curves, costs, share, what=self.target, stops=stops)
-            if self.align is not None or wish == 1 or share - _OVERSHOOT <= left <= share * 1.001:
+            ends = [allocation.stops(line, step, self.align is not None) for line in curves]
+            model = groups.cost_model(self.target, parts)
+            taken, left = allocation.allocate(model, curves, costs, goal, stops=ends)
+            if self.align is not None or wish == 1 or goal - _OVERSHOOT <= left <= goal * 1.001:
                 break
             wish //= 2
-        if left > goal / now * 1.001:
-            reach = 1 - left * now / (goal / (1 - self.ratio)) if self.rounds == 1 else 1 - left
-            raise UserError(
-                f"prune-channels: {reach:.1%} of the {self.target} at most can be removed, {self.ratio:.1%} was asked for: "
-                "lower ratio, keep or align, or exclude less"
-                + "".join(f"; {reason}" for reason in groups.blocked()[:3])
-            )
-        return [step for line, position in zip(curves, taken, strict=True) for step in line.steps[:position]]
+        if left > goal * 1.001:
+            raise self._out_of_reach(groups, 1 - left * self.left / goal)
+        return taken
 
-    def _some(self, groups: ChannelGroups, curves: Sequence[Curve], feeds: Feeds) -> Feeds:
+    def _by_time(
+        self,
+        model: Model,
+        groups: ChannelGroups,
+        curves: Sequence[Curve],
+        costs: Sequence[Array],
+        blocks: Sequence[Block],
+        goal: float,
+        step: int,
+        feeds: Feeds,
+        ctx: Context,
+    ) -> list[int]:
+        """How many steps each family takes, against times of layers, until the time of the whole model is as wanted."""
+        assert ctx.clock is not None
+        feed = _one_sample(ctx, model, feeds)
+        terms, _ = latency.terms(groups, ctx.clock, feed, ctx.evaluate, step)
+        ends = [allocation.stops(line, step, self.align is not None) for line in curves]
+        best: tuple[float, list[int]] | None = None
+        aim = goal
+        for attempt in range(_ATTEMPTS):
+            times = CostModel(groups, terms, [block.nodes for block in blocks])
+            taken, left = allocation.allocate(times, curves, costs, aim, stops=ends)
+            trial = model.clone()
+            roots = {c for line, n in zip(curves, taken, strict=True) for c in line.removed(n)}
+            gone = [blocks[-1 - c] for c in sorted(roots, reverse=True) if c < 0]
+            Cut().apply(trial, channel_groups(trial, heads=self.heads), {c for c in roots if c >= 0}, gone)
+            before, after = ctx.clock([model, trial], feed)
+            ctx.progress("measuring latency", attempt + 1, _ATTEMPTS)
+            if best is None or after / before < best[0]:
+                best = after / before, taken
+            if after / before <= goal * 1.01 or left > aim * 1.001:
+                break
+            aim *= min(0.98, goal * before / after)
+        assert best is not None
+        if best[0] > goal * 1.05:
+            raise self._out_of_reach(groups, 1 - best[0] * self.left / goal)
+        return best[1]
+
+    def _out_of_reach(self, groups: ChannelGroups, most: float) -> UserError:
+        return UserError(
+            f"prune-channels: {most:.1%} of the {self.target} at most can be removed, {1 - self.left:.1%} was asked for: "
+            f"{'raise' if self.target == 'latency' else 'lower'} ratio, lower keep or align, or exclude less"
+            + "".join(f"; {reason}" for reason in groups.blocked()[:3])
+        )
+
+    def _some(self, groups: ChannelGroups, runs: int, feeds: Feeds) -> Feeds:
         """As many samples as can be measured on in bounded time."""
-        runs = sum(len(line.weights) for line in curves) + 1
-        size = max(1, len(next(iter(feeds[0].values()))) if next(iter(feeds[0].values())).ndim else 1)
-        samples = _MEASURING / max(1.0, runs * groups.cost_model("macs").total())
+        first = next(iter(feeds[0].values()))
+        size = max(1, len(first) if first.ndim else 1)
+        samples = _MEASURING / max(1.0, (runs + 1) * groups.cost_model("macs").total())
         return feeds[: max(1, math.floor(samples / size))]
-
-    def _slice(self, model: Model, groups: ChannelGroups, gone: set[int], places: Places) -> None:
-        kept = Kept(groups, gone)
-        for node in model.graph.nodes:
-            for tensor in node.outputs:
-                labels = groups.labels(tensor) or ()
-                if not any(atoms is not None for atoms in labels):
-                    continue
-                old = places.get(tensor.name, [None] * len(labels))
-                new = [None if atoms is None else kept.indices(atoms) for atoms in labels]
-                places[tensor.name] = [n if o is None or n is None else o[n] for o, n in zip(old, new, strict=True)]
-        edit = Editor(model)
-        groups.apply(gone, edit)
-        edit.commit()
-        cleanup(model)
 
     # ------------------------------------------------------------------------------------------------------ report
 
-    def _recorded(self, model: Model, groups: ChannelGroups) -> float:
+    def _reached(self, model: Model, groups: ChannelGroups) -> float:
+        """The share of the cost that is left of what the model had before it was first pruned."""
         for entry in model.carried.metadata_props:
             if entry.key == f"{_RECORD}.{self.target}":
                 try:
-                    return float(entry.value)
+                    value = float(entry.value)
                 except ValueError:
-                    raise UsageError(f"prune-channels: metadata {entry.key!r} is no number; remove it") from None
-        return groups.cost_model(self.target).total()
+                    value = math.nan
+                if not value > 0:
+                    raise UserError(f"prune-channels: metadata {entry.key!r} is {entry.value!r}, no cost; remove it")
+                return value if self.target == "latency" else groups.cost_model(self.target).total() / value
+        return 1.0
 
-    def _record(self, model: Model, full: float) -> None:
-        if not any(entry.key == f"{_RECORD}.{self.target}" for entry in model.carried.metadata_props):
-            model.carried.metadata_props.add(key=f"{_RECORD}.{self.target}", value=repr(full))
+    def _record(self, model: Model, original: Model, share: float) -> None:
+        """Note the cost before the first pruning, or, of times, which are those of one machine, the share that is left."""
+        kept = {entry.key: entry for entry in model.carried.metadata_props}
+        key = f"{_RECORD}.{self.target}"
+        if self.target == "latency":
+            if key in kept:
+                kept[key].value = f"{share:.4f}"
+            else:
+                model.carried.metadata_props.add(key=key, value=f"{share:.4f}")
+        elif key not in kept:
+            full = channel_groups(original).cost_model(self.target).total()
+            model.carried.metadata_props.add(key=key, value=repr(full))
 
     def _report(
         self,
         ctx: Context,
         model: Model,
         original: Model,
-        before: tuple[float, float],
-        widths: dict[str, tuple[int, int]],
+        cut: Cut,
         fits: Sequence[Fit],
         feeds: Feeds,
         plain: float,
+        reached: float,
     ) -> None:
+        first, last = channel_groups(original, heads=self.heads), channel_groups(model, heads=self.heads)
+        told = report.of_groups(first, last, cut, fits)
+        if self.target == "latency" and ctx.clock is not None:
+            feed, step = _one_sample(ctx, original, feeds), self.align or _ALIGNMENT
+            times = [CostModel(g, latency.terms(g, ctx.clock, feed, ctx.evaluate, step)[0]) for g in (first, last)]
+            now = {group.name: group.classes for group in last.groups}
+            for group, entry in zip(first.groups, told["groups"], strict=True):
+                entry["latency_seconds"] = [
+                    times[0].touched(group.classes),
+                    times[1].touched(now.get(group.name, ())),
+                ]
         tensors = {tensor.name: tensor for tensor in original.constants()}
-        for name, (first, last) in widths.items():
-            if first != last:
-                ctx.remark(tensors.get(name), f"{first} -> {last} channels")
-        groups = channel_groups(model)
-        macs, params = groups.cost_model("macs").total(), groups.cost_model("params").total()
+        for entry in told["groups"]:
+            before, after = entry["channels"]
+            if before != after:
+                ctx.remark(tensors.get(entry["name"]), f"{before} -> {after} channels")
+        for block in cut.blocks:
+            ctx.remark(None, f"the residual block that ends in {block!r} is left out")
+        costs = {what: told[what] for what in ("macs", "params", "bytes")}
         ctx.remark(
             None,
-            f"{before[0]:.0f} -> {macs:.0f} multiply-accumulates ({macs / before[0] - 1:+.1%}), "
-            f"{before[1]:.0f} -> {params:.0f} parameters ({params / before[1] - 1:+.1%})",
+            f"{costs['macs'][0]:.0f} -> {costs['macs'][1]:.0f} multiply-accumulates ({_change(costs['macs'])}), "
+            f"{costs['params'][0]:.0f} -> {costs['params'][1]:.0f} parameters ({_change(costs['params'])})",
         )
+        share = reached
+        if self.target == "latency" and ctx.clock is not None:
+            seconds = ctx.clock([original, model], _one_sample(ctx, original, feeds))
+            told["latency_seconds"] = seconds
+            share *= seconds[1] / seconds[0]
+            ctx.remark(None, f"{seconds[0] * 1e3:.3f} -> {seconds[1] * 1e3:.3f} ms a sample ({_change(seconds)})")
+        self._record(model, original, share)
         if feeds:
             after = _distance(original, model, feeds)
-            told = "" if math.isnan(plain) else f"{plain:.3g} before repair, "
+            told["error"] = {"sliced": None if math.isnan(plain) else plain, "repaired": after}
+            middle = "" if math.isnan(plain) else f"{plain:.3g} before repair, "
             ctx.remark(
-                None, f"relative squared error of the outputs: {told}{after:.3g} at the end ({len(fits)} layers fitted)"
+                None,
+                f"relative squared error of the outputs: {middle}{after:.3g} at the end ({len(fits)} layers fitted)",
             )
+        ctx.facts["prune-channels"] = told
+
+
+def _change(pair: Sequence[float]) -> str:
+    return f"{pair[1] / pair[0] - 1:+.1%}" if pair[0] else "none"
+
+
+def _one_sample(ctx: Context, model: Model, feeds: Feeds) -> dict[str, Array]:
+    """What to time the model on."""
+    if ctx.data is not None and feeds:
+        return dict(next(iter(ctx.data.feeds(1, 1))))
+    return equivalence.generate_inputs(model.inputs, seed=ctx.seed)
 
 
 def _feeds(ctx: Context, groups: ChannelGroups, most: int) -> Feeds:
@@ -262,23 +394,3 @@ def _feeds(ctx: Context, groups: ChannelGroups, most: int) -> Feeds:
 def _distance(original: Model, model: Model, feeds: Feeds) -> float:
     some = feeds[: max(1, 256 // _BATCH)]
     return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
-
-
-def _stops(line: Curve, step: int, strict: bool) -> list[int]:
-    """After how many steps a family may stop: where its widths were multiples of `step`, they have to be; else what goes is.
-
-    A class that is several channels of each weight counts as many. What the hardware wishes (not `strict`) gives way in groups that
-    are too narrow for it.
-    """
-    group_of = {root: number for number, group in enumerate(line.family.groups) for root in group.classes}
-    each = [min((count for _, _, count in group.sites), default=1) for group in line.family.groups]
-    widths = [group.width * n for group, n in zip(line.family.groups, each, strict=True)]
-    fine = [step if strict else min(step, 1 << (max(1, w // 2).bit_length() - 1)) for w in widths]
-    lost = [0] * len(widths)
-    found = []
-    for position, roots in enumerate(line.steps, 1):
-        for root in roots:
-            lost[group_of[root]] += each[group_of[root]]
-        if all((n if w % f == 0 else w - n) % f == 0 for n, w, f in zip(lost, widths, fine, strict=True) if n):
-            found.append(position)
-    return found

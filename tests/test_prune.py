@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_channel_groups import channel_groups, choose
 
-from graphopt import cli, ir, models
+from graphopt import cli, ir, models, verify
+from graphopt.analyses.cut import Cut
 from graphopt.analyses.gram import Moments, layers, ridge
 from graphopt.analyses.importance import SELECTORS
+from graphopt.analyses.residual_blocks import chains, residual_blocks
+from graphopt.analyses.shapes import Shapes
 from graphopt.data import open_data
 from graphopt.discovery import find_pass
 from graphopt.edit import cleanup
@@ -156,6 +161,86 @@ def test_report_says_widths_costs_and_errors(mobilenet: ir.Model) -> None:
 def test_without_samples_norms_decide_and_a_remark_says_so() -> None:
     result = prune(ir.parse(CHAIN), "{ratio=0.5}")
     assert any("no calibration data" in str(r) for r in result.remarks)
+
+
+# -------------------------------------------------------------------------------------------------- blocks, latency
+
+STREAM = """
+    <ir_version: 8, opset_import: ["": 17]>
+    g (float[N,4,4,4] x) => (float[N,2,4,4] y)
+    <float[4,4,1,1] a, float[4,4,1,1] b, float[4,4,1,1] c, float[4,4,1,1] d, float[2,4,1,1] e>
+    { s = Conv (x, a)
+      r = Relu (s)
+      p = Conv (r, b)
+      q = Relu (p)
+      f = Conv (q, c)
+      t = Add (r, f)
+      u = Relu (t)
+      g1 = Conv (u, d)
+      h = Add (g1, u)
+      v = Relu (h)
+      y = Conv (v, e) }
+"""
+
+
+def stream() -> ir.Model:
+    text, rng = STREAM, np.random.default_rng(0)
+    for name, size in (("a", 16), ("b", 16), ("c", 16), ("d", 16), ("e", 8)):
+        values = ",".join(map(str, (rng.standard_normal(size) * (0.02 if name == "d" else 0.7)).round(3)))
+        head = f"float[{2 if name == 'e' else 4},4,1,1] {name}"
+        text = text.replace(head, f"{head} = {{{values}}}")
+    model = ir.parse(text)
+    for node in model.graph.nodes:
+        node.name = f"n_{node.outputs[0].name}"
+    return model
+
+
+def test_residual_blocks_are_found_in_chains() -> None:
+    model = stream()
+    blocks = residual_blocks(model, Shapes(model))
+    assert [(b.result, b.skip, sorted(b.nodes)) for b in blocks] == [
+        ("t", "r", ["n_f", "n_p", "n_q"]),
+        ("h", "u", ["n_g1"]),
+    ]
+    assert chains(model, blocks) == [[0, 1]]
+    cut = Cut()
+    cut.apply(model, channel_groups(model), set(), blocks)
+    assert [node.op for node in model.graph.nodes] == ["Conv", "Relu", "Conv"]
+    assert cut.stands["s"] == "h"
+    assert verify.structure(model) == []
+
+
+def test_block_that_does_least_goes_and_the_layer_before_it_takes_its_place() -> None:
+    """The second block adds next to nothing; the layers before it make up for what it did."""
+    model, samples = stream(), noise(64, 4, 4, 4)
+    result = prune(model, "{ratio=0.2,keep=0.9,drop_blocks=true}", samples)
+    assert any("ends in 'n_h' is left out" in str(r) for r in result.remarks)
+    assert result.facts["prune-channels"]["blocks"] == ["n_h"]
+    errors = result.facts["prune-channels"]["error"]
+    assert errors["repaired"] < errors["sliced"] < 0.1
+    other = prune(model, "{ratio=0.2,keep=0.9,drop_blocks=true,exclude='n_g1'}", samples)
+    assert other.facts["prune-channels"]["blocks"] == ["n_t"]
+
+
+def width_clock(models_: Sequence[ir.Model], feeds: object) -> list[float]:
+    """Seconds that only the multiply-accumulates of layers decide, in steps of two channels."""
+    return [sum(math.prod(-(-n // 2) for n in c.shape) for c in m.constants() if len(c.shape) > 1) for m in models_]
+
+
+def test_latency_is_what_the_clock_says() -> None:
+    model, samples = stream(), noise(64, 4, 4, 4)
+    data = open_data({"x": samples}, model.inputs)
+    ctx = Context(evaluate=evaluate_node, data=data, clock=width_clock)
+    result = Pipeline.parse("prune-channels{target=latency,ratio=0.7,align=2,drop_blocks=false}").run(model, ctx)
+    before, after = width_clock([model, result.model], {})
+    assert after <= 0.7 * before * 1.05
+    told = result.facts["prune-channels"]
+    assert told["latency_seconds"] == [before, after]
+    assert all(len(group["latency_seconds"]) == 2 for group in told["groups"])
+    again = Context(evaluate=evaluate_node, data=data, clock=width_clock)
+    assert Pipeline.parse("prune-channels{target=latency,ratio=0.7,align=2}").run(result.model, again).rewrites == 0
+    with pytest.raises(UserError, match="needs a target that runs here"):
+        prune(model, "{target=latency}", samples)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

@@ -15,12 +15,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from graphopt.analyses.channel_groups import ChannelGroups, Kept
+from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Kept
+from graphopt.analyses.gram import layers
 from graphopt.analyses.importance import Curve
-from graphopt.analyses.repair import Feeds, pool
-from graphopt.edit import Editor
+from graphopt.analyses.repair import Feeds, bridges, pool
+from graphopt.analyses.residual_blocks import Block, leave_out
+from graphopt.edit import Editor, cleanup
 from graphopt.evaluate import Evaluator
 from graphopt.ir import Model, Node
+from graphopt.pass_base import Evaluate
 
 Array = np.ndarray[Any, Any]
 
@@ -29,7 +32,7 @@ _AHEAD: Final = (1, 2, 4, 8, 16)
 
 def outputs(model: Model, feeds: Feeds) -> list[dict[str, Array]]:
     """What the model computes."""
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(model, fast=True)
     with pool() as threads:
         return list(threads.map(evaluator.run, feeds))
 
@@ -59,8 +62,6 @@ def simulate(groups: ChannelGroups, curve: Curve, position: int) -> Model:
     for site, weight in curve.weights[position]:
         if site.layer is not None:
             parts.setdefault(site.layer.node.name, []).append((site, weight))
-    from graphopt.analyses.gram import layers
-
     own = layers(model)
     for name, changed in parts.items():
         layer = own[name]
@@ -107,6 +108,63 @@ def measure(
     return found
 
 
+def measure_blocks(
+    model: Model,
+    blocks: Sequence[Block],
+    groups: Sequence[Sequence[int]],
+    feeds: Feeds,
+    evaluate: Evaluate,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[list[int], list[float]]]:
+    """For each chain of blocks the order in which they go, and the damage after each.
+
+    A block's own damage is that with the layer before it fitted to what the block computed; several together do as much more than the sum
+    of theirs as they do without any fit.
+    """
+    reference = outputs(model, feeds)
+    gaps = []
+    for block in blocks:
+        stands: dict[str, str] = {}
+        edit = Editor(copy := model.clone())
+        leave_out(copy, edit, block, stands)
+        gaps.append(next(iter(stands.items())))
+    fitted = bridges(model, gaps, feeds, evaluate, seed)
+
+    def without(numbers: Sequence[int], repaired: bool) -> float:
+        copy = model.clone()
+        edit, own = Editor(copy), layers(copy)
+        for number in numbers:
+            bridge = fitted[number]
+            if repaired and bridge is not None:
+                layer = own[bridge[0].node.name]
+                layer.store(edit, bridge[1], None if layer.fixed_bias else bridge[2].reshape(-1))
+        for number in sorted(numbers):
+            leave_out(copy, edit, blocks[number], {})
+        edit.commit()
+        cleanup(copy)
+        return distance(reference, outputs(copy, feeds))
+
+    found = []
+    done = 0
+    for chain in groups:
+        alone, own = {}, {}
+        for k in chain:
+            alone[k] = without([k], False)
+            own[k] = min(alone[k], without([k], True))
+            done += 1
+            if progress is not None:
+                progress(done, len(blocks))
+        order = sorted(chain, key=lambda k: (own[k], k))
+        errors = []
+        for count in range(1, len(order) + 1):
+            some = order[:count]
+            together = without(some, False) if count > 1 else alone[some[0]]
+            errors.append(sum(own[k] for k in some) * max(1.0, together / (sum(alone[k] for k in some) or 1.0)))
+        found.append((order, errors))
+    return found
+
+
 def damages(curve: Curve, points: Sequence[tuple[int, float]]) -> Array:
     """The damage after each number of steps: interpolated between measured points in the logarithms of error and damage."""
     errors = np.maximum.accumulate(np.array(curve.errors, np.float64))
@@ -126,25 +184,22 @@ def damages(curve: Curve, points: Sequence[tuple[int, float]]) -> Array:
 
 
 def allocate(
-    groups: ChannelGroups,
+    model: CostModel,
     curves: Sequence[Curve],
     costs: Sequence[Array],
     target: float,
     *,
-    what: str = "macs",
     stops: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[int], float]:
     """How many steps each family takes, and the share of the cost that is left.
 
     Args:
-        groups: the classes.
+        model: what the classes cost; the steps that are taken are removed from it.
         curves: of each family.
         costs: the damage after each number of steps, for each family.
         target: the share of the cost that may be left.
-        what: ``macs`` or ``params``.
         stops: after how many steps each family may stop (alignment), in ascending order; None: anywhere.
     """
-    model = groups.cost_model(what)
     full = model.total()
     position = [0] * len(curves)
     goal = target * full
@@ -171,3 +226,24 @@ def allocate(
         model.remove([c for step in curves[index].steps[position[index] : there] for c in step])
         position[index] = there
     return position, model.total() / full
+
+
+def stops(line: Curve, step: int, strict: bool) -> list[int]:
+    """After how many steps a family may stop: where its widths were multiples of `step`, they have to be; else what goes is.
+
+    A class that is several channels of each weight counts as many. What the hardware wishes (not `strict`) gives way in groups that
+    are too narrow for it.
+    """
+    group_of = {root: number for number, group in enumerate(line.family.groups) for root in group.classes}
+    each = [min((count for _, _, count in group.sites), default=1) for group in line.family.groups]
+    widths = [group.width * n for group, n in zip(line.family.groups, each, strict=True)]
+    fine = [step if strict else min(step, 1 << (max(1, w // 2).bit_length() - 1)) for w in widths]
+    lost = [0] * len(widths)
+    found = []
+    for position, roots in enumerate(line.steps, 1):
+        for root in roots:
+            if root in group_of:
+                lost[group_of[root]] += each[group_of[root]]
+        if all((n if w % f == 0 else w - n) % f == 0 for n, w, f in zip(lost, widths, fine, strict=True) if n):
+            found.append(position)
+    return found

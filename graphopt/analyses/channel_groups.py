@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -491,42 +491,49 @@ class ChannelGroups:
             found[key] = stored_bytes(np.dtype(weight.tensor.dtype), dims)
         return found
 
-    def cost_model(self, what: str) -> CostModel:
-        """What the model costs, and what it saves to remove classes: ``macs`` of one sample, or ``params``."""
-        return CostModel(self, self._macs() if what == "macs" else self._params())
+    def cost_model(self, what: str, blocks: Sequence[Container[str]] = ()) -> CostModel:
+        """What the model costs, and what it saves to remove classes: ``macs`` of one sample, ``params`` or ``bytes`` of weights."""
+        return CostModel(self, self.macs() if what == "macs" else self._weights_terms(what == "bytes"), blocks)
 
-    def _axis(self, tensor: gs.Tensor, axis: int) -> Array | int:
+    def axis(self, tensor: gs.Tensor, axis: int) -> Array | int:
+        """The atoms of an axis, or its length; 1 where that is known at run time only."""
         atoms = (self.labels(tensor) or ())[axis]
         dim = (self.shapes.shape(tensor) or ())[axis]
         return atoms if atoms is not None else dim if isinstance(dim, int) else 1
 
-    def _macs(self) -> list[Term]:
+    def macs(self) -> list[Term]:
+        """Multiply-accumulates of one sample, a term a node."""
         found: list[Term] = []
         for node in self.model.graph.nodes:
-            if node.op not in _MATRIX or not node.is_onnx:
+            if node.op not in (*_MATRIX, *_GATES) or not node.is_onnx:
                 continue
             data, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
-            ranks = [self.shapes.rank(t) for t in (data, weight, result)]
+            ranks = [self.shapes.rank(t) for t in (data, weight)]
             if any(r is None or r < 2 for r in ranks):
                 continue
-            factors = [self._axis(result, i) for i in range(ranks[2] or 0)]
+            if node.op in _GATES:
+                steps = [self.axis(data, 0), self.axis(data, 1)]
+                for tensor in node.inputs[1:3]:
+                    found.append(product([*steps, *(self.axis(tensor, i) for i in range(3))], [node.name]))
+                continue
+            factors = [self.axis(result, i) for i in range(self.shapes.rank(result) or 0)]
+            scale = 1.0
             if node.op == "Conv":
-                taps = [self._axis(weight, i) for i in range(2, ranks[1] or 0)]
-                group = int(node.attrs.get("group", 1))
-                ins = self._axis(data, 1)
+                taps = [self.axis(weight, i) for i in range(2, ranks[1] or 0)]
+                group, ins = int(node.attrs.get("group", 1)), self.axis(data, 1)
                 width = ins if isinstance(ins, int) else len(ins)
-                found.append(
-                    _term([*factors, *taps, *([] if group == width > 1 else [ins])], 1 if group == width else group)
-                )
+                depthwise = group == width > 1
+                factors += [*taps, *([] if depthwise else [ins])]
+                scale = 1.0 if depthwise else 1 / group
             elif node.op == "ConvTranspose":
-                taps = [self._axis(weight, i) for i in range(1, ranks[1] or 0)]
-                found.append(_term([*(self._axis(data, i) for i in range(ranks[0] or 0)), *taps]))
+                factors = [*(self.axis(data, i) for i in range(ranks[0] or 0))]
+                factors += [self.axis(weight, i) for i in range(1, ranks[1] or 0)]
             else:
-                inner = 0 if node.op == "Gemm" and node.attrs.get("transA", 0) else -1
-                found.append(_term([*factors, self._axis(data, inner)]))
+                factors.append(self.axis(data, 0 if node.op == "Gemm" and node.attrs.get("transA", 0) else -1))
+            found.append(product(factors, [node.name], scale))
         return found
 
-    def _params(self) -> list[Term]:
+    def _weights_terms(self, in_bytes: bool) -> list[Term]:
         found: list[Term] = []
         for tensor in self.model.constants():
             if not _is_weight(tensor):
@@ -538,7 +545,8 @@ class ChannelGroups:
                 columns = weight.custom.columns[0] if weight.custom is not None else None
                 if columns is not None:
                     factors[1] = columns
-            found.append(_term(factors))
+            size = np.dtype(tensor.dtype).itemsize if in_bytes else 1
+            found.append(product(factors, [reader.name for reader in tensor.outputs], float(size)))
         return found
 
 
@@ -550,28 +558,44 @@ def _is_weight(tensor: gs.Constant) -> bool:
 
 
 _MATRIX = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
-Term = tuple[float, tuple[Array, ...]]  # a number times the lengths of axes
+_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-def _term(factors: Sequence[Array | int], divisor: int = 1) -> Term:
+@dataclass(frozen=True)
+class Term:
+    """A part of the cost: a price by the lengths of axes, and the nodes without any of which it is not due."""
+
+    price: Callable[[Sequence[int]], float]
+    axes: tuple[Array, ...]
+    nodes: tuple[str, ...]
+
+
+def product(factors: Sequence[Array | int], nodes: Sequence[str], scale: float = 1.0) -> Term:
+    """A number times the lengths of axes."""
     axes = tuple(f for f in factors if not isinstance(f, int))
-    return math.prod(f for f in factors if isinstance(f, int)) / divisor, axes
+    factor = scale * math.prod(f for f in factors if isinstance(f, int))
+    return Term(lambda lengths: factor * math.prod(lengths), axes, tuple(nodes))
 
 
 class CostModel:
     """A sum of products of axis lengths, kept up to date while classes go."""
 
-    def __init__(self, groups: ChannelGroups, terms: Sequence[Term]) -> None:
+    def __init__(self, groups: ChannelGroups, terms: Sequence[Term], blocks: Sequence[Container[str]] = ()) -> None:
+        """Add up `terms`; block k, a set of nodes that may go as a whole, is class -1 - k."""
         self.lengths: list[int] = []
         self._numbers: dict[bytes, int] = {}
         self._where: dict[int, list[tuple[int, int]]] = {}  # class -> (axis, indices on it)
-        self._terms: list[tuple[float, list[int]]] = []
+        self._terms: list[tuple[Callable[[Sequence[int]], float], list[int], list[int]]] = []
         self._of_axis: dict[int, list[int]] = {}
-        for factor, axes in terms:
-            numbers = [self._number(groups.roots[a]) for a in axes]
-            for number in set(numbers):
+        for k in range(len(blocks)):  # a block is an axis of length one: 0 when it is gone
+            self._where[-1 - k] = [(len(self.lengths), 1)]
+            self.lengths.append(1)
+        for term in terms:
+            numbers = [self._number(groups.roots[a]) for a in term.axes]
+            within = [k for k, block in enumerate(blocks) if term.nodes and all(n in block for n in term.nodes)]
+            for number in {*numbers, *within}:
                 self._of_axis.setdefault(number, []).append(len(self._terms))
-            self._terms.append((factor, numbers))
+            self._terms.append((term.price, numbers, within))
 
     def _number(self, roots: Array) -> int:
         key = roots.tobytes()
@@ -583,12 +607,19 @@ class CostModel:
         return self._numbers[key]
 
     def _value(self, term: int, lengths: Sequence[int]) -> float:
-        factor, axes = self._terms[term]
-        return factor * math.prod(lengths[a] for a in axes)
+        price, axes, blocks = self._terms[term]
+        if not all(lengths[k] for k in blocks):
+            return 0.0
+        return price([lengths[a] for a in axes])
 
     def total(self) -> float:
         """The cost now."""
         return sum(self._value(i, self.lengths) for i in range(len(self._terms)))
+
+    def touched(self, classes: Iterable[int]) -> float:
+        """The cost of all that has to do with classes."""
+        axes = {axis for root in classes for axis, _ in self._where.get(root, ())}
+        return sum(self._value(i, self.lengths) for i in sorted({i for a in axes for i in self._of_axis[a]}))
 
     def saving(self, classes: Iterable[int]) -> float:
         """What the cost would fall by."""
@@ -613,16 +644,42 @@ def _count(roots: Array, free: set[int], site: tuple[int, int], into: dict[int, 
             into[int(root)].append((*site, int(count)))
 
 
-def channel_groups(model: Model) -> ChannelGroups:
-    """The analysis, with the axes that Reshapes carry channels on chosen so that most classes are free."""
+def channel_groups(model: Model, heads: bool = False) -> ChannelGroups:
+    """The analysis, with the axes that Reshapes carry channels on chosen so that most classes are free.
+
+    Args:
+        model: what to analyse.
+        heads: where a Reshape parts heads from their indices, let the heads carry: they then go whole.
+    """
     best = ChannelGroups(model)
+    if heads:
+        carriers = {name: options[-1] for name, options in best.ambiguous.items()}
+        return ChannelGroups(model, carriers) if carriers else best
+    alike: dict[Any, list[str]] = defaultdict(
+        list
+    )  # what is split alike in several places is tried in all of them at once
+    nodes = {node.name: node for node in model.graph.nodes}
     for name, options in sorted(best.ambiguous.items()):
+        shape = best.shapes.shape(nodes[name].outputs[0]) or ()
+        alike[options, tuple(d if isinstance(d, int) else None for d in shape)].append(name)
+    for (options, _), names in alike.items():
         for option in options:
-            other = ChannelGroups(model, {**best.carriers, name: option})
+            other = ChannelGroups(model, {**best.carriers, **dict.fromkeys(names, option)})
             if len(other.classes) > len(best.classes):
                 best = other
                 break
     return best
 
 
-__all__ = ["Axis", "ChannelGroups", "Contraction", "Group", "Kept", "Labels", "channel_groups"]
+__all__ = [
+    "Axis",
+    "ChannelGroups",
+    "Contraction",
+    "CostModel",
+    "Group",
+    "Kept",
+    "Labels",
+    "Term",
+    "channel_groups",
+    "product",
+]

@@ -190,7 +190,8 @@ def repair(
     with pool() as threads:
         for number, b in enumerate(pruned.graph.nodes):
             a, layer = by_name.get(b.name), found.get(b.name)
-            touched = a is None or not _same(a, b, clean)
+            moved = b.name in found and lasts[b.name].outputs[0].name in (stands or {})
+            touched = a is None or moved or not _same(a, b, clean)
             if touched and layer is not None:
                 last, aim, added = lasts[b.name], aims[b.name], _added(joins.get(b.name), second)
                 values, own = first.ensure(aim, threads), first.ensure(alone[b.name], threads)
@@ -339,6 +340,16 @@ def _fit(
     offsets: Value | None,
     gated: bool,
 ) -> Fit:
+    fit, matrix, vector = _solved(layer, inputs, takes, target, offsets, gated)
+    if fit.kind != "sliced":
+        layer.store(edit, matrix, None if layer.fixed_bias else vector.reshape(-1))
+    return fit
+
+
+def _solved(
+    layer: Layer, inputs: Values, takes: Sequence[Array], target: Value, offsets: Value | None, gated: bool
+) -> tuple[Fit, Array, Array]:
+    """The weights, as [groups, outputs, columns] and [groups, outputs], that fit a target best."""
     w = layer.matrix().astype(np.float64)
     groups, outputs, columns = w.shape
     gated = gated and sum(map(len, takes)) * columns * groups <= KEPT_ROWS
@@ -378,6 +389,44 @@ def _fit(
     if kind.startswith("ridge"):  # the verdict is in: learn from those held out, too
         both = [rows.bent(matrix, vector) if "gated" in kind else rows.moments for rows in (fitted, held)]
         matrix, vector = ridge(both[0] + both[1], w, float(kind.split()[1]), free)
-    if kind != "sliced":
-        layer.store(edit, matrix, vector.reshape(-1) if free else None)
-    return Fit(layer.node.name, before / scale, error / scale, kind)
+    return Fit(layer.node.name, before / scale, error / scale, kind), matrix, vector
+
+
+def bridges(
+    model: Model, gaps: Sequence[tuple[str, str]], feeds: Feeds, evaluate: Evaluate, seed: int = 0
+) -> list[tuple[Layer, Array, Array] | None]:
+    """For each pair of tensors the layer that ends in the first, and its weights fitted so that it computes the second.
+
+    None where no layer ends there, or its weights as they are fit best.
+    """
+    found = {name: layer for name, layer in layers(model).items() if _fittable(layer)}
+    joins = _joins(model, found)
+    ends = {(joins.get(name) or _last(model, layer)).outputs[0].name: name for name, layer in found.items()}
+    needed: list[tuple[Layer, str, str | None] | None] = []
+    for start, aim in gaps:
+        layer = found.get(ends.get(start, ""))
+        if layer is None:
+            needed.append(None)
+            continue
+        own, join = _last(model, layer).outputs[0], joins.get(layer.node.name)
+        added = None if join is None else next(t.name for t in join.inputs if t is not own)
+        needed.append((layer, aim, added))
+    held = [n for entry in needed if entry for n in (entry[0].node.inputs[0].name, entry[1], entry[2]) if n]
+    runner = Runner(model, feeds, evaluate, held)
+    by_name = {t.name: t for node in model.graph.nodes for t in node.outputs}
+    result: list[tuple[Layer, Array, Array] | None] = []
+    with pool() as threads:
+        for number, entry in enumerate(needed):
+            if entry is None:
+                result.append(None)
+                continue
+            layer, aim, extra = entry
+            values, x = runner.ensure(aim, threads), runner.ensure(layer.node.inputs[0].name, threads)
+            target, offsets = _target(values, runner.ensure(extra, threads) if extra else None, ())
+            gated = bool(by_name[aim].outputs) and all(r.op == "Relu" for r in by_name[aim].outputs)
+            fit, matrix, vector = _solved(layer, x, picks(layer, values, seed + number), target, offsets, gated)
+            result.append(None if fit.kind == "sliced" else (layer, matrix, vector))
+            for name in (layer.node.inputs[0].name, aim, extra):
+                if name:
+                    runner.release(name)
+    return result

@@ -147,7 +147,7 @@ def build(
 
 
 def _pruning(pipeline: Pipeline, share: float | None, data: str | None) -> Pipeline:
-    """The pipeline with pruning behind it, where ``--prune`` asks for it."""
+    """The pipeline with pruning in front, of the simplified model: what targets fuse then fits the widths that are left."""
     from graphopt.pipeline import Pipeline
 
     if share is None:
@@ -156,7 +156,8 @@ def _pruning(pipeline: Pipeline, share: float | None, data: str | None) -> Pipel
         raise UsageError(f"--prune takes the share to remove, between 0 and 1, not {share:g}; as in --prune 0.3")
     if data is None:
         raise UsageError("--prune needs samples: --data calib.npz (input name -> samples on the first axis, no labels)")
-    return pipeline + Pipeline.parse(f"prune-channels{{ratio={share!r}}}")
+    simplified = Pipeline.parse("O2") if len(pipeline.steps) > 1 else Pipeline()
+    return simplified + Pipeline.parse(f"prune-channels{{ratio={share!r}}}") + pipeline
 
 
 def _int8_wish(

@@ -28,7 +28,7 @@ from graphopt.commands.arguments import (
     write_report,
 )
 from graphopt.commands.containment import contained
-from graphopt.commands.terminal import err, say, to_stdout
+from graphopt.commands.terminal import err, say, stages, to_stdout
 from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def opt(
     """Run passes alone: ONNX in, ONNX out."""
     from graphopt import equivalence, instruments, ir, verify
     from graphopt.evaluate import evaluate_node
+    from graphopt.evaluate import seconds as clock
     from graphopt.pass_base import Context
     from graphopt.recovery import Recovery
 
@@ -114,7 +115,9 @@ def opt(
     recovery = None
     if continue_without_failing:
         recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
-    result = pipeline.run(loaded, Context(seed=seed, evaluate=evaluate_node, data=samples), stack, recovery)
+    ctx = Context(seed=seed, evaluate=evaluate_node, data=samples, clock=clock)
+    with stages("opt") as ctx.progress:
+        result = pipeline.run(loaded, ctx, stack, recovery)
     if origins:
         from graphopt.layers import write_origins
 
@@ -162,6 +165,7 @@ def opt(
             "stops": list(result.stops),
             "dropped": [] if recovery is None else [d.as_dict() for d in recovery.dropped],
             "remarks": [str(r) for r in result.remarks],
+            **({"pruning": result.facts["prune-channels"]} if "prune-channels" in result.facts else {}),
         },
     )
 

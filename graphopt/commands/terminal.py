@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -65,6 +65,20 @@ def progress_bar() -> Iterator[Any]:
             return update  # type: ignore[return-value]  # our Progress, not Rich's
 
         yield for_target
+
+
+@contextlib.contextmanager
+def stages(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function of stage, steps done and steps in all; a bar shows from its first call on, on a terminal only."""
+    with progress_bar() as bar:
+        started: list[Any] = []
+
+        def update(stage: str, done: int, total: int) -> None:
+            if not started:
+                started.append(bar(title))
+            started[0](stage, done / total)
+
+        yield update
 
 
 def bundle_table(manifest: Any, title: str) -> Table:

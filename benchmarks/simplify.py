@@ -13,13 +13,18 @@ than the traced ones. A result is
 - ``wrong``: ONNX Runtime does not load it or refuses a sample, an input or output came or went, or numbers differ;
 - ``failed``: there is none: the process failed or took too long.
 
-Numbers agree within the bound that `graphopt.equivalence` argues for re-associated floats. Nodes are counted in the graph,
-its subgraphs and functions, without Constants, which some tools keep as nodes and others as initializers.
+Numbers agree within the bound that `graphopt.equivalence` argues for re-associated floats, or within what the original itself does
+to a rounding of its inputs. Nodes are counted in the graph, its subgraphs and functions, without Constants, which some tools keep as
+nodes and others as initializers. A ConstantOfShape of a constant shape is a weight in small, too, but a node: it counts, and the
+table says how many there are.
+
+With ``--resume FOLDER`` each graph's outcomes are kept there, and a run that was broken off goes on where it was.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +34,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -67,7 +72,8 @@ from benchmarks.harness import (
     script,
 )
 from graphopt import equivalence
-from graphopt.errors import UsageError
+from graphopt.errors import OutputError, UsageError
+from graphopt.measure import ProcessCost
 from graphopt.pass_base import Exactness
 
 OURS: Final = "graphopt"
@@ -154,6 +160,14 @@ def count(operators: Mapping[str, int]) -> int:
     return sum(number for op, number in operators.items() if op != "Constant")
 
 
+def fills(model: onnx.ModelProto) -> int:
+    """ConstantOfShape nodes of the main graph whose shape is constant."""
+    known = {t.name for t in model.graph.initializer} | {
+        n.output[0] for n in model.graph.node if n.op_type == "Constant"
+    }
+    return sum(n.op_type == "ConstantOfShape" and n.input[0] in known for n in model.graph.node)
+
+
 def interface(original: onnx.ModelProto, result: onnx.ModelProto) -> tuple[list[str], list[str]]:
     """What a result declares other than the original: first what breaks a caller, then what only misinforms one."""
     broken: list[str] = []
@@ -200,6 +214,7 @@ class Finding:
     max_abs: float | None = None  # None: not run; over all samples and outputs
     relative: float | None = None
     samples: int = 0  # that the original accepts
+    fills: int = 0  # nodes that are weights in small: a ConstantOfShape of a constant shape
 
     @property
     def state(self) -> str:
@@ -267,6 +282,10 @@ def _session(path: str) -> Any:
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
+def _run(session: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(feeds)), strict=True))
+
+
 def reference_main() -> None:
     """``argv``: model, samples as JSON, file to write. Runs the original; samples that it refuses are left out."""
     path, samples, target = sys.argv[1:4]
@@ -277,12 +296,14 @@ def reference_main() -> None:
     for number, sample in enumerate(Sample(**given) for given in json.loads(samples)):
         feeds = sample.feeds(model, SEED + number)
         try:
-            outputs = session.run(None, feeds)
+            expected = _run(session, feeds)
         except Exception as error:
             refusals.append(_line(error))
             continue
+        moved = equivalence.sensitivity(functools.partial(_run, session), feeds, expected, SEED, draws=1)
         kept |= {f"{number}.in.{name}": value for name, value in feeds.items()}
-        kept |= {f"{number}.out.{o.name}": v for o, v in zip(session.get_outputs(), outputs, strict=True)}
+        kept |= {f"{number}.out.{name}": value for name, value in expected.items()}
+        kept |= {f"{number}.moved.{name}": np.float64(value) for name, value in moved.items()}
     np.savez(target, **kept)
     operators = histogram(model)
     eps_types = ["float32"]
@@ -306,6 +327,7 @@ def judge(original: Path, result: Path, reference: Path, allowed: float) -> Find
         return Finding(broken=[f"cannot be read: {_line(error)}"])
     broken, flaws = interface(before, after)
     operators = dict(histogram(after))  # asdict cannot copy a Counter
+    small = fills(after)
     foreign = {op.rpartition(".")[0] for op in operators} - {op.rpartition(".")[0] for op in histogram(before)}
     flaws += [f"operators of {domain or 'ai.onnx'}" for domain in sorted(foreign)]
     size = sum(file.stat().st_size for file in result.parent.iterdir())
@@ -318,10 +340,10 @@ def judge(original: Path, result: Path, reference: Path, allowed: float) -> Find
     samples: dict[str, Any] = {}
     if not broken:
         try:
-            worst, samples = _worst(str(result), reference)
+            worst, samples = _worst(str(result), reference, allowed)
         except Exception as error:
             broken.append(f"does not run: {_line(error)}")
-    if worst is not None and worst.relative > allowed:
+    if worst is not None and not worst.keeps(allowed):
         broken.append(f"output {worst.name!r} differs by {worst.relative:.2g} of its magnitude {worst.note}".strip())
     return Finding(
         operators,
@@ -331,21 +353,24 @@ def judge(original: Path, result: Path, reference: Path, allowed: float) -> Find
         max_abs=min(worst.max_abs, 1e300) if worst else None,  # JSON has no infinity
         relative=min(worst.relative, 1e300) if worst else None,
         samples=len(samples),
+        fills=small,
     )
 
 
-def _worst(result: str, reference: Path) -> tuple[equivalence.Difference | None, dict[str, Any]]:
+def _worst(result: str, reference: Path, allowed: float) -> tuple[equivalence.Difference | None, dict[str, Any]]:
     samples: dict[str, dict[str, dict[str, Any]]] = {}
     with np.load(reference) as held:
         for key in held.files:
             number, side, name = key.split(".", 2)
-            samples.setdefault(number, {"in": {}, "out": {}})[side][name] = held[key]
+            samples.setdefault(number, {"in": {}, "out": {}, "moved": {}})[side][name] = held[key]
     session = _session(result)
     gaps = []
     for sample in samples.values():
-        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, sample["in"]), strict=True))
-        gaps += [equivalence.difference(name, value, found[name]) for name, value in sample["out"].items()]
-    return max(gaps, key=lambda gap: gap.relative, default=None), samples
+        found = _run(session, sample["in"])
+        for name, value in sample["out"].items():
+            moved = float(sample["moved"].get(name, 0.0))
+            gaps.append(replace(equivalence.difference(name, value, found[name]), sensitivity=moved))
+    return max(gaps, key=lambda gap: (not gap.keeps(allowed), gap.relative), default=None), samples
 
 
 def _line(error: Exception) -> str:
@@ -415,6 +440,52 @@ def _last_json(run: PeerRun) -> dict[str, Any] | None:
         return None
     answer = json.loads(run.cost.stdout.strip().splitlines()[-1])
     return answer if isinstance(answer, dict) else None
+
+
+# Outcomes that an earlier, broken-off run left
+
+
+def _digest(*paths: Path) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def _keep(folder: Path, name: str, asked: dict[str, Any], facts: dict[str, Any], outcomes: dict[str, Outcome]) -> None:
+    """Write one graph's outcomes, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    found = {peer: asdict(outcome) for peer, outcome in outcomes.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps({"asked": asked, "facts": facts, "outcomes": found}))
+        partial.replace(folder / f"{name}.json")
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {str(folder)!r}: {error.strerror}; name another folder with --resume"
+        ) from error
+
+
+def _recalled(folder: Path, name: str, asked: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Outcome]] | None:
+    """What `_keep` wrote, if the same was asked for; None: run it."""
+    try:
+        held = json.loads((folder / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if held["asked"] != asked:
+        return None
+    outcomes = {
+        peer: Outcome(
+            tuple(PeerRun(run["cost"] and ProcessCost(**run["cost"]), run["failure"]) for run in told["runs"]),
+            told["finding"] and Finding(**told["finding"]),
+        )
+        for peer, told in held["outcomes"].items()
+    }
+    return held["facts"], outcomes
 
 
 # Verdicts
@@ -494,6 +565,35 @@ def nodes_table(results: Results, peers: Sequence[str]) -> Table:
         }
         for name, (_, facts, outcomes) in results.items()
     }
+    return table
+
+
+def outcomes_table(results: Results) -> Table:
+    """A row a graph and tool: everything."""
+    columns = [
+        *(
+            Column("graph", "graph"),
+            Column("tool", "tool"),
+            Column("nodes", "nodes", "d"),
+            Column("fills", "fills", "d"),
+        ),
+        *(Column("cpu", "CPU s", ".2f"), Column("peak", "peak MB", ".0f"), Column("size", "MB", ".3g")),
+        *(Column("state", "valid"), Column("max_abs", "max difference", ".1e")),
+    ]
+    table = Table("All results", columns, "fills: of the nodes, ConstantOfShapes of constant shape.")
+    for name, (_, _, outcomes) in results.items():
+        for peer, outcome in outcomes.items():
+            table.add(
+                graph=name,
+                tool=peer,
+                nodes=outcome.nodes,
+                fills=outcome.finding.fills if outcome.finding else None,
+                cpu=outcome.cpu_seconds,
+                peak=outcome.peak_mb,
+                size=_number(outcome, "megabytes"),
+                state=outcome.state,
+                max_abs=_number(outcome, "max_abs"),
+            )
     return table
 
 
@@ -679,24 +779,42 @@ def main(
     seed: Seed = 0,
     timeout: Timeout = 300,
     data: DataFolder = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", metavar="FOLDER", help="Keep each graph's outcomes there, and go on.")
+    ] = None,
     markdown: MarkdownFile = None,
     json_file: JsonFile = None,
 ) -> None:
     interpreter = python or os.environ.get(PEERS_VARIABLE) or sys.executable
     names = chosen_peers(peers, interpreter)
     results: Results = {}
+    sources = _digest(*sorted([*(ROOT / "graphopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]))
     for graph in selected(graphs_folder(folder), data, graphs, interpreter):
+        asked = {
+            "ours": sources,
+            "peers": names,
+            "rounds": rounds,
+            "seed": seed,
+            "timeout": timeout,
+            "model": _digest(graph.path),
+        }
+        kept = _recalled(resume, graph.name, asked) if resume is not None else None
         try:
-            facts, outcomes = contest(graph, names, rounds=rounds, seed=seed, timeout=timeout, python=interpreter)
+            facts, outcomes = kept or contest(
+                graph, names, rounds=rounds, seed=seed, timeout=timeout, python=interpreter
+            )
         except UsageError as error:
             _say(f"skipped {error}")
             continue
+        if resume is not None and kept is None:
+            _keep(resume, graph.name, asked, facts, outcomes)
         results[graph.name] = graph, facts, outcomes
         _say(f"{graph.name}: {', '.join(f'{name} {_nodes_text(outcome)}' for name, outcome in outcomes.items())}")
     if not results:
         raise UsageError("no graph could be compared")
     process = f"Whole process, start-up included; {rounds} round(s)."
     tables = [
+        outcomes_table(results),
         nodes_table(results, names),
         number_table("CPU seconds", results, names, "cpu_seconds", ".2f", f"{process} Medians."),
         number_table("Peak MB", results, names, "peak_mb", ".0f", f"{process} Largest."),

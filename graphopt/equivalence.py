@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -359,15 +359,19 @@ class Reference:
             for name, value in outputs.items():
                 gap = difference(name, value, found[name])
                 if gap.relative > allowed > 0 and math.isfinite(gap.max_abs):
-                    gap = replace(gap, sensitivity=_sensitivity(first, sample, outputs, self._seed)[name])
+                    gap = replace(gap, sensitivity=sensitivity(first.run, sample, outputs, self._seed)[name])
                 known = worst.get(name)
                 if known is None or (not gap.keeps(allowed), gap.relative) > (not known.keeps(allowed), known.relative):
                     worst[name] = gap
         return Report(tuple(worst.values()), allowed, len(expected), first.engine)
 
 
-def _sensitivity(
-    evaluator: Evaluator, sample: Mapping[str, np.ndarray[Any, Any]], expected: Arrays, seed: int, draws: int = 3
+def sensitivity(
+    run: Callable[[Arrays], Arrays],
+    sample: Mapping[str, np.ndarray[Any, Any]],
+    expected: Arrays,
+    seed: int,
+    draws: int = 3,
 ) -> dict[str, float]:
     """The largest change of each output when every floating-point input moves by up to one unit in its last place.
 
@@ -383,7 +387,7 @@ def _sensitivity(
             array = sample[name]
             towards = np.where(rng.random(array.shape) < 0.5, np.inf, -np.inf).astype(array.dtype)
             nudged[name] = np.where(np.isfinite(array), np.nextafter(array, towards), array)
-        for name, value in evaluator.run(nudged).items():
+        for name, value in run(nudged).items():
             gap = difference(name, expected[name], value).max_abs
             moved[name] = max(moved[name], gap if math.isfinite(gap) else 0.0)
     return moved

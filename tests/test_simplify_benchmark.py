@@ -7,7 +7,20 @@ from onnx import parser
 
 from benchmarks.graphs import Sample, matches, required_inputs
 from benchmarks.harness import PeerRun
-from benchmarks.simplify import OURS, Finding, Outcome, count, fastest, gaps, histogram, interface, judge, verdict
+from benchmarks.simplify import (
+    OURS,
+    Finding,
+    Outcome,
+    _keep,
+    _recalled,
+    count,
+    fastest,
+    gaps,
+    histogram,
+    interface,
+    judge,
+    verdict,
+)
 from graphopt.measure import ProcessCost
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -22,14 +35,14 @@ def outcome(nodes, *, state="valid", cpu=1.0):
     return Outcome((PeerRun(cost, "exit code 1" if state == "failed" else None),), finding)
 
 
-def judged(tmp_path, text, *, shape=(3, 2)):
+def judged(tmp_path, text, *, shape=(3, 2), moved=0.0):
     """The finding on `text` as a result for ORIGINAL, whose numbers are those of x."""
     (tmp_path / "out").mkdir()
     original, result, reference = tmp_path / "a.onnx", tmp_path / "out" / "b.onnx", tmp_path / "r.npz"
     onnx.save(parser.parse_model(ORIGINAL), original)
     onnx.save(parser.parse_model(text), result)
     x = np.linspace(-1, 1, num=int(np.prod(shape)), dtype=np.float32).reshape(shape)
-    np.savez(reference, **{"0.in.x": x, "0.out.y": x})
+    np.savez(reference, **{"0.in.x": x, "0.out.y": x, "0.moved.y": np.float64(moved)})
     return judge(original, result, reference, 1e-6)
 
 
@@ -66,6 +79,32 @@ def test_a_result_with_other_numbers_is_wrong(tmp_path):
     found = judged(tmp_path, IDENTITY.replace("Identity", "Neg"))
     assert found.state == "wrong"
     assert found.max_abs == 2.0
+
+
+def test_what_the_original_itself_does_to_a_rounding_is_no_difference(tmp_path):
+    near = IDENTITY.replace("y = Identity (x)", "tiny = Constant <value_float = 1e-5> () y = Add (x, tiny)")
+    assert judged(tmp_path, near, moved=1e-5).state == "valid"
+    (tmp_path / "again").mkdir()
+    assert judged(tmp_path / "again", near).state == "wrong"
+
+
+def test_a_fill_counts_and_is_told(tmp_path):
+    fill = "s = Constant <value_ints = [2]> () z = ConstantOfShape (s) y = Add (x, z)"
+    found = judged(tmp_path, IDENTITY.replace("y = Identity (x)", fill))
+    assert (found.state, found.nodes, found.fills) == ("valid", 2, 1)
+
+
+def test_outcomes_come_back_as_they_were_when_the_same_is_asked(tmp_path):
+    outcomes = {OURS: outcome(4), "a": outcome(3, state="flawed"), "b": outcome(5, state="failed")}
+    asked = {"rounds": 1, "peers": ["a", "b"]}
+    _keep(tmp_path / "kept", "graph", asked, {"allowed": 1e-6}, outcomes)
+    facts, found = _recalled(tmp_path / "kept", "graph", asked)
+    assert facts == {"allowed": 1e-6}
+    assert [(o.state, o.nodes, o.cpu_seconds) for o in found.values()] == [
+        (o.state, o.nodes, o.cpu_seconds) for o in outcomes.values()
+    ]
+    assert _recalled(tmp_path / "kept", "graph", {**asked, "rounds": 3}) is None
+    assert _recalled(tmp_path / "kept", "other", asked) is None
 
 
 def test_a_result_that_refuses_another_batch_is_wrong(tmp_path):

@@ -6,7 +6,10 @@ TensorRT for RTX lists its kernels with datatypes; a layer is int8 when a kernel
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +24,9 @@ from graphopt.backend import Kernel
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import Model, Node, save
 from graphopt.pass_base import Remark
+
+_log = logging.getLogger(__name__)
+_CALLS: Final = 9  # that kernel times are the median of
 
 LAYERS: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 INTEGER: Final = frozenset(
@@ -46,6 +52,8 @@ class Layer:
     int8: bool
     kernel: str  # what runs, as far as the runtime says
     why: str = ""  # where it stays float
+    sqnr_db: float | None = None  # of its own result, with its operands rounded
+    microseconds: float | None = None  # of its kernel in one call, where that was looked at
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,8 +65,10 @@ def layers(model: Model) -> list[Node]:
     return [n for n in model.graph.nodes if n.op in LAYERS and n.is_onnx]
 
 
-def onnxruntime_coverage(model: Model, remarks: Sequence[Remark] = ()) -> list[Layer]:
-    """What ONNX Runtime's CPU provider makes of each weighted operator.
+def onnxruntime_coverage(
+    model: Model, remarks: Sequence[Remark] = (), sample: Mapping[str, Any] | None = None
+) -> list[Layer]:
+    """What ONNX Runtime's CPU provider makes of each weighted operator, and how long its kernel takes on `sample`.
 
     Raises:
         UnsupportedModel: ONNX Runtime refuses the model.
@@ -71,26 +81,50 @@ def onnxruntime_coverage(model: Model, remarks: Sequence[Remark] = ()) -> list[L
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(written)
+        if sample is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
         try:
             with isolation.step("ONNX Runtime: loading the model"):
-                ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise UnsupportedModel(f"ONNX Runtime refuses the model: {' '.join(str(error).split())[:300]}") from None
         graph = onnx.load(str(written), load_external_data=False).graph
-    integer = {name: node.op_type for node in graph.node if node.op_type in INTEGER for name in node.input}
+        spent = _kernel_times(session, sample) if sample is not None else {}
+    integer = {name: node for node in graph.node if node.op_type in INTEGER for name in node.input}
     names = {node.name: node.op_type for node in graph.node}
     told = _reasons(remarks)
     found = []
     for node in layers(model):
         codes = _codes(node)
-        kernel = next((integer[c] for c in codes if c in integer), None)
+        runs = next((integer[c] for c in codes if c in integer), None)
+        kernel = runs.op_type if runs is not None else None
         if kernel is None and names.get(node.name) in INTEGER:
             kernel = names[node.name]
         why = ""
         if kernel is None:
             why = told.get(node.name, "its codes were not fused: decoded to float" if codes else "not quantized")
-        found.append(Layer(node.name, node.op, kernel is not None, kernel or names.get(node.name, "float"), why))
+        took = spent.get(runs.name if runs is not None else node.name)
+        shown = kernel or names.get(node.name, "float")
+        found.append(Layer(node.name, node.op, kernel is not None, shown, why, microseconds=took))
     return found
+
+
+def _kernel_times(session: Any, sample: Mapping[str, Any]) -> dict[str, float]:
+    """Microseconds of each kernel in one call, by the name of its node: the median of some calls."""
+    try:
+        for _ in range(_CALLS):
+            session.run(None, dict(sample))
+    except Exception:  # the model itself fails on this sample; who runs it next will say so
+        _log.debug("no kernel times", exc_info=True)
+        return {}
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    found: dict[str, list[float]] = {}
+    for event in events:
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            found.setdefault(name.removesuffix("_kernel_time"), []).append(float(event["dur"]))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def kernel_coverage(model: Model, kernels: Sequence[Kernel], remarks: Sequence[Remark] = ()) -> list[Layer]:

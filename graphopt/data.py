@@ -5,7 +5,7 @@
     x.npy                samples of a model with one input, mapped
     package.mod:name     a callable, or an iterable, that gives one mapping of input name -> array for each call of the model
 
-The first axis of a stored array counts samples. Where the model's input has as many dimensions as the array, samples are the slices
+The first axis of a stored array counts samples; a number without axes, for an input without any, is fed with every sample. Where the model's input has as many dimensions as the array, samples are the slices
 along that axis, fed several at once if the model's first dimension is free and in groups of that dimension if it is fixed; where the
 input has one dimension less, each sample is fed alone.
 """
@@ -31,6 +31,7 @@ Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
 
 _PIECE: Final = 16 << 20  # bytes that are read from a file at once
+HEAD_BYTES: Final = 128 << 20  # of samples that are kept in memory
 
 
 class Data(ABC):
@@ -61,9 +62,21 @@ class Data(ABC):
                 found.update(np.ascontiguousarray(feeds[name]).tobytes())
         return found.hexdigest()
 
-    def head(self, count: int, batch: int = 1) -> ListData:
-        """The first `count` samples, in memory, to be fed up to `batch` at once."""
-        return ListData(f"{count} samples of {self.name}", list(self.feeds(batch, count)))
+    def head(self, count: int, batch: int = 1, budget: int = HEAD_BYTES) -> ListData:
+        """The first `count` samples, fewer where they take more than `budget` bytes, in memory, to be fed up to `batch` at once."""
+        kept: list[Arrays] = []
+        used = 0
+        for feeds in self.feeds(self.at_once(batch), count):
+            used += sum(a.nbytes for a in feeds.values())
+            if kept and used > budget:
+                break
+            kept.append(feeds)
+        return ListData(f"{count} samples of {self.name}", kept)
+
+    def at_once(self, most: int, budget: int = _PIECE) -> int:
+        """How many samples to feed at once so that they take at most `budget` bytes."""
+        first = next(iter(self.feeds(1, 1)), {})
+        return max(1, min(most, budget // max(1, sum(a.nbytes for a in first.values()))))
 
 
 class _Member(ABC):
@@ -151,27 +164,42 @@ class ArrayData(Data):
                 f"{name} lacks samples for {', '.join(map(repr, missing))}; it holds {', '.join(map(repr, arrays)) or 'nothing'}, "
                 f"the model takes {', '.join(map(str, inputs))}"
             )
-        self._members = {n: arrays[n] for n in wanted}
+        shared = {n: m.array for n, m in arrays.items() if n in wanted and isinstance(m, _InMemory) and not m.shape}
+        self._shared = {n: a for n, a in shared.items() if wanted[n].shape in (None, ())}  # the same for every sample
+        for name in self._shared:
+            self._check_dtype(wanted[name], arrays[name])
+        self._members = {n: arrays[n] for n in wanted if n not in self._shared}
         counts = {n: (m.shape[0] if m.shape else 0) for n, m in self._members.items()}
         if len(set(counts.values())) > 1:
             raise UsageError(f"{name}: the inputs have different numbers of samples on their first axis: {counts}")
         self.count = next(iter(counts.values()), 0)
         if not self.count:
             raise UsageError(f"{name} holds no samples")
-        firsts = [self._check(wanted[n], member) for n, member in self._members.items()]
-        self._single = -1 in firsts  # each sample alone, without the first axis
+        checked = {n: self._check(wanted[n], member) for n, member in self._members.items()}
+        firsts = checked.values()
+        self._single = -1 in firsts  # each sample alone
+        self._bare = {n for n, f in checked.items() if f == -1}  # and without the first axis
         self._group = max((f for f in firsts if f > 0), default=None)  # samples of one call, where the model fixes them
+        if self._single and (self._group or 1) > 1:
+            raise UsageError(
+                f"{name}: the model takes {self._group} samples at once for some inputs and one for "
+                f"{', '.join(map(repr, sorted(self._bare)))}; give the feeds as module:callable"
+            )
         if self._group is not None and self.count < self._group:
             raise UsageError(f"{name} holds {self.count} samples, the model takes {self._group} at once")
+
+    def _check_dtype(self, spec: TensorSpec, member: _Member) -> None:
+        if spec.dtype is not None and dtype_name(member.dtype) != spec.dtype:
+            hint = " (scale and normalise the images as the model expects)" if member.dtype == np.uint8 else ""
+            raise UsageError(
+                f"{self.name}: input {spec.name!r} is {dtype_name(member.dtype)}, the model takes {spec}; "
+                f"convert it with .astype{hint}"
+            )
 
     def _check(self, spec: TensorSpec, member: _Member) -> int:
         """The model's fixed number of samples, 0 where it is free, -1 where its input has no axis for them."""
         where = f"{self.name}: input {spec.name!r}"
-        if spec.dtype is not None and dtype_name(member.dtype) != spec.dtype:
-            hint = " (scale and normalise the images as the model expects)" if member.dtype == np.uint8 else ""
-            raise UsageError(
-                f"{where} is {dtype_name(member.dtype)}, the model takes {spec}; convert it with .astype{hint}"
-            )
+        self._check_dtype(spec, member)
         if spec.shape is None:
             return 0
         found = 0
@@ -208,7 +236,7 @@ class ArrayData(Data):
             if count < 1 or (self._group is not None and count < self._group) or done >= left:
                 break
             _finite(feeds, f"{self.name}: samples {done} to {done + count - 1}")
-            yield {n: a[0] for n, a in feeds.items()} if self._single else feeds
+            yield {**{n: a[0] if n in self._bare else a for n, a in feeds.items()}, **self._shared}
             done += count
 
 
@@ -334,7 +362,12 @@ def _file(path: Path, inputs: Sequence[TensorSpec]) -> Data:
     wanted = {n.removesuffix(".npy"): n for n in names}
     if known & wanted.keys():  # labels and other arrays beside the inputs are not read
         wanted = {n: f for n, f in wanted.items() if n in known}
-    return ArrayData(where, {n: _Zipped(path, f) for n, f in wanted.items()}, inputs)
+    members: dict[str, _Member | Array] = {n: _Zipped(path, f) for n, f in wanted.items()}
+    scalars = [n for n, m in members.items() if not m.shape]
+    if scalars:
+        with np.load(path) as stored:
+            members.update((n, stored[n]) for n in scalars)
+    return ArrayData(where, members, inputs)
 
 
 def _callable(source: str, module: str, attribute: str, inputs: Sequence[TensorSpec]) -> Data:

@@ -7,22 +7,28 @@ them, else on the graph as written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt import coverage, isolation, measure
-from graphopt.analyses import weights
+from graphopt.analyses import calibration, weights
+from graphopt.analyses.macs import macs
 from graphopt.analyses.placement import operators
-from graphopt.analyses.twins import Switches, Twin
+from graphopt.analyses.twins import Switches, Twin, judge
 from graphopt.backend import Kernel
 from graphopt.coverage import Layer
 from graphopt.data import Data
 from graphopt.discovery import find_pass
-from graphopt.errors import UsageError
+from graphopt.errors import UnsupportedModel, UsageError
 from graphopt.evaluate import evaluate_node
 from graphopt.ir import Model, saves
 from graphopt.pass_base import Context, Pass
@@ -33,7 +39,14 @@ Array = np.ndarray[Any, Any]
 Metric = Literal["top1", "agreement"]
 
 _RANKED_ON: Final = 64  # samples that the ranking of layers looks at
-_ROUNDS: Final = 15  # of timing
+_EMULATED_WORK: Final = 1 << 36
+_LAYER_WORK: Final = 1 << 36
+_RANKING_WORK: Final = 1 << 40  # for all layers together
+_GAIN: Final = 0.3  # dB that equalizing channels has to bring
+_SECONDS: Final = 4.0  # of timing, about
+_SMALL: Final = 0.02  # of all multiply-accumulates, that the smallest layers have together
+_JUDGED_WORK: Final = 1 << 40  # multiply-accumulates of the samples that a model without labels is judged on, about
+_KEPT: Final = 64 << 20  # bytes of outputs of the float model that are kept between runs
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Wish:
     labels: Array | None = None  # class numbers of the samples; None: agreement with the float model counts
     max_drop: float | None = None  # points of the metric that may be lost; None: whatever comes
     gate: bool = True  # leave in float what is slower in int8 (ONNX Runtime on the CPU, measured here)
+    equalize: bool = True  # try equalize-channels before, and keep it where the outputs gain by it
     options: Mapping[str, Any] = field(default_factory=dict)  # of quantize-qdq
 
 
@@ -74,6 +88,15 @@ class Outcome:
     excluded: tuple[str, ...] = ()
     met: bool = True  # whether max_drop holds
     notes: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)  # why the search left a layer in float, by name
+    alone: dict[str, float] = field(default_factory=dict)  # dB, of a layer's own result, this layer alone in int8
+
+    def take(self, layers: list[Layer]) -> None:
+        """Take in what runs, with the search's own reasons."""
+        self.layers = [
+            replace(x, why="" if x.int8 else self.reasons.get(x.name, x.why), sqnr_db=self.alone.get(x.name))
+            for x in layers
+        ]
 
     @property
     def drop(self) -> float:
@@ -84,7 +107,7 @@ class Outcome:
         """Take in what the backend made of the model."""
         self.result = result
         if kernels:
-            self.layers = coverage.kernel_coverage(result.model, kernels, result.remarks)
+            self.take(coverage.kernel_coverage(result.model, kernels, result.remarks))
 
     def __str__(self) -> str:
         share = f"{sum(layer.int8 for layer in self.layers)} of {len(self.layers)} layers run in int8"
@@ -143,49 +166,98 @@ def sqnr(reference: Sequence[Array], other: Sequence[Array]) -> float:
 
 
 class Judge:
-    """Runs models on the data and compares them with the float model."""
+    """Runs models on the data and compares them with the float model, a batch at a time."""
 
     def __init__(self, model: Model, data: Data, labels: Array | None, limit: int | None = None) -> None:
-        self.feeds = list(data.feeds(32, limit))
-        self.labels = labels
-        self.reference = self.outputs(model, optimized=False)
-        self.classes = self.reference[0][0].ndim >= 2
-        if labels is not None and not self.classes:
+        """
+        Raises:
+            UnsupportedModel: ONNX Runtime cannot run the model on these samples.
+            UsageError: labels for a model without classes.
+        """
+        if limit is None and labels is None:
+            limit = calibration.effort(model, data).samples(_JUDGED_WORK, 32, 1 << 30)
+        self.data, self.labels, self.limit = data, labels, limit
+        self._float = model
+        work = calibration.effort(model, data)
+        self.batch = data.at_once(work.at_once)
+        self._kept: list[list[Any]] | None = []  # outputs of the float model, while they are small
+        used = 0
+        shape: tuple[int, ...] = ()
+        for number, outputs in enumerate(self.outputs(model, optimized=True)):
+            if not number:
+                self.classes = bool(outputs) and _has_classes(outputs[0])
+                shape = np.shape(outputs[0]) if outputs else ()
+            used += sum(a.nbytes for a in outputs if isinstance(a, np.ndarray))
+            if used > _KEPT:
+                self._kept = None
+                break
+            assert self._kept is not None
+            self._kept.append(outputs)
+        if labels is not None and not (self.classes and len(shape) == 2):
             raise UsageError(
-                "top1 needs an output of [samples, classes] first; judge this model by its outputs' SQNR instead"
+                f"top1 needs a first output of [samples, classes], this model's is {list(shape)}; "
+                "leave out --labels and judge by agreement with the float model"
             )
 
-    def outputs(self, model: Model, optimized: bool) -> list[list[Array]]:
-        """The outputs for each feed; `optimized`: on the kernels that ONNX Runtime would run, else as written."""
-        session = _session(model, optimized)
-        found = []
-        for feeds in self.feeds:
-            with isolation.step("int8: measuring the model"):
-                found.append([np.asarray(v) for v in session.run(None, feeds)])
-        return found
+    def outputs(self, model: Model, optimized: bool) -> Iterator[list[Any]]:
+        """The outputs for each batch; `optimized`: on the kernels that ONNX Runtime would run, else as written."""
+        session = session_of(model, optimized)
+        for feeds in self.data.feeds(self.batch, self.limit):
+            try:
+                with isolation.step("int8: measuring the model"):
+                    outputs = session.run(None, feeds)
+            except Exception as error:
+                raise UnsupportedModel(
+                    f"ONNX Runtime cannot run the model on {self.data.name}: {' '.join(str(error).split())[:300]}"
+                ) from None
+            yield outputs
 
-    def metric(self, found: list[list[Array]]) -> float:
-        """Percent of samples classified as the labels say; without labels, as the float model does."""
-        if not self.classes:
-            return float("nan")
-        mine = np.concatenate([v[0].reshape(-1, v[0].shape[-1]).argmax(-1) for v in found])
-        if self.labels is not None:
-            return 100 * float(np.mean(mine == self.labels[: len(mine)]))
-        theirs = np.concatenate([v[0].reshape(-1, v[0].shape[-1]).argmax(-1) for v in self.reference])
-        return 100 * float(np.mean(mine == theirs))
+    def score(self, model: Model, optimized: bool, batches: int | None = None) -> Score:
+        """How `model` compares with the float model, and with the labels where there are some, on so many batches."""
+        reference = iter(self._kept) if self._kept is not None else self.outputs(self._float, optimized=True)
+        signal = noise = 0.0
+        right = seen = own = 0.0
+        for mine, theirs in itertools.islice(zip(self.outputs(model, optimized), reference, strict=True), batches):
+            for a, b in zip(theirs, mine, strict=True):
+                if not isinstance(a, np.ndarray) or a.dtype.kind != "f" or a.shape != np.shape(b):
+                    continue
+                real = np.isfinite(a)
+                a, b = (np.where(real, v, 0).astype(np.float64) for v in (a, b))
+                signal += float(np.sum(a * a))
+                noise += float(np.sum((a - b) ** 2))
+            if not self.classes:
+                continue
+            winners = [v[0].reshape(-1, v[0].shape[-1]).argmax(-1) for v in (theirs, mine)]
+            count = len(winners[0])
+            against = winners[0] if self.labels is None else self.labels[int(seen) : int(seen) + count]
+            right += float(np.sum(winners[1] == against))
+            own += float(np.sum(winners[0] == against))
+            seen += count
+        ratio = 10 * float(np.log10(signal / noise)) if noise > 0 and signal > 0 else float("inf")
+        if self.classes:
+            return Score(100 * right / max(seen, 1), 100 * own / max(seen, 1), ratio)
+        return Score(100 * max(0.0, 1 - 10 ** (-ratio / 20)), 100.0, ratio)
 
-    def sqnr(self, found: list[list[Array]]) -> float:
-        """Of all float outputs."""
-        pairs = [
-            (a, b)
-            for x, y in zip(self.reference, found, strict=True)
-            for a, b in zip(x, y, strict=True)
-            if a.dtype.kind == "f"
-        ]
-        return sqnr([a for a, _ in pairs], [b for _, b in pairs])
+
+@dataclass(frozen=True)
+class Score:
+    """What a `Judge` found."""
+
+    metric: float  # percent
+    reference: float  # percent, of the float model
+    sqnr: float  # dB, over all float outputs
 
 
-def _session(model: Model, optimized: bool, threads: int | None = None) -> Any:
+def _has_classes(output: Any) -> bool:
+    return isinstance(output, np.ndarray) and output.dtype.kind == "f" and output.ndim >= 2 and output.shape[-1] > 1
+
+
+def session_of(model: Model, optimized: bool, threads: int | None = None) -> Any:
+    """A model in ONNX Runtime's CPU provider.
+
+    Raises:
+        UnsupportedModel: it refuses the model.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -194,8 +266,11 @@ def _session(model: Model, optimized: bool, threads: int | None = None) -> Any:
     options.log_severity_level = 4
     if threads is not None:
         options.intra_op_num_threads = threads
-    with isolation.step("int8: loading the model in ONNX Runtime"):
-        return ort.InferenceSession(saves(model), options, providers=["CPUExecutionProvider"])
+    try:
+        with isolation.step("int8: loading the model in ONNX Runtime"):
+            return ort.InferenceSession(saves(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise UnsupportedModel(f"ONNX Runtime refuses the model: {' '.join(str(error).split())[:300]}") from None
 
 
 def search(
@@ -224,108 +299,261 @@ def search(
     Returns:
         The best that was found, whether or not `max_drop` holds.
     """
-    quantize: Any = find_pass("quantize-qdq")
-    wish = wish or Wish()
-    labels, max_drop = wish.labels, wish.max_drop
-    template = next((p for p in pipeline.passes if isinstance(p, quantize)), quantize())
-    template = replace(template, **dict(wish.options))
-    before = Pipeline(tuple(s for s in pipeline.steps if not isinstance(s, quantize)))
-    floating = before.run(model, _context(target, data, seed), recovery=recovery).model
-    on_kernels = target.runtime == "ort"
-    judge = Judge(floating, data, labels)
-    runs: dict[tuple[str, ...], tuple[Result, list[list[Array]], float]] = {}
+    return _Search(model, target, pipeline, data, wish or Wish(), seed, say, recovery).run()
 
-    def attempt(excluded: tuple[str, ...]) -> tuple[Result, list[list[Array]], float]:
-        if excluded not in runs:
-            step = _excluding(template, excluded)
-            result = Pipeline((step,)).run(floating, _context(target, data, seed))
-            found = judge.outputs(result.model, on_kernels)
-            runs[excluded] = (result, found, judge.metric(found))
-        return runs[excluded]
 
-    notes: list[str] = []
-    excluded: tuple[str, ...] = ()
-    if wish.gate and on_kernels:
-        excluded = _gate(floating, attempt, data, notes, say)
-    reference = judge.metric(judge.reference)
-    met = True
-    if max_drop is not None:
-        gated = len(excluded)
-        excluded, met = _regain(floating, target, data, template, attempt, excluded, reference - max_drop, seed)
-        if not met:
-            say(
-                f"max-drop {max_drop} cannot be met; the best found loses {reference - attempt(excluded)[2]:.2f} points"
-            )
-        elif len(excluded) > gated:
-            say(f"{len(excluded) - gated} layers stay float so that the drop is at most {max_drop}")
-    result, found, after = attempt(excluded)
-    layers = coverage.onnxruntime_coverage(result.model, result.remarks) if on_kernels else []
-    emulated = judge.outputs(result.model, optimized=False) if on_kernels else found
-    outcome = Outcome(
-        Pipeline((*before.steps, _excluding(template, excluded))),
-        result,
-        layers,
-        "top1" if labels is not None else "agreement",
-        reference,
-        after,
-        judge.sqnr(found),
-        judge.sqnr(emulated),
-        excluded,
-        met,
-        notes,
-    )
-    if on_kernels and outcome.sqnr < outcome.sqnr_emulated - 1 and outcome.sqnr < 60:
-        told = f"the kernels of this machine lose {outcome.sqnr_emulated - outcome.sqnr:.1f} dB against the graph as written: they saturate"
-        notes.append(told)
-        say(told + "; use pair-safe weights")
-    return outcome
+class _Search:
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        pipeline: Pipeline,
+        data: Data,
+        wish: Wish,
+        seed: int,
+        say: Callable[[str], None],
+        recovery: Recovery | None,
+    ) -> None:
+        quantize: Any = find_pass("quantize-qdq")
+        self.target, self.data, self.wish, self.seed, self.say = target, data, wish, seed, say
+        template = next((p for p in pipeline.passes if isinstance(p, quantize)), quantize())
+        self.template: Any = replace(template, **dict(wish.options))
+        self.before = Pipeline(tuple(s for s in pipeline.steps if not isinstance(s, quantize)))
+        self.floating = self.before.run(model, self.context(), recovery=recovery).model
+        self.on_kernels = target.runtime == "ort"
+        self.judge = Judge(self.floating, data, wish.labels)
+        self.reasons: dict[str, str] = {}  # why a layer stays float, by name
+        self.notes: list[str] = []
+        self._results: dict[tuple[str, ...], Result] = {}
+        self._scores: dict[tuple[str, ...], Score] = {}
+
+    def context(self) -> Context:
+        return Context(target=self.target, seed=self.seed, evaluate=evaluate_node, data=self.data)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Of the layers that can become int8."""
+        model = self.result(()).model
+        return [n.name for n in operators(model) if len(n.inputs) > 1 and _decoded(n.inputs[1])]
+
+    def steps(self, excluded: tuple[str, ...]) -> tuple[Pass, ...]:
+        """What quantizes; nothing where every layer is excluded."""
+        if excluded and set(self.names) <= set(excluded):
+            return ()
+        return (replace(self.template, exclude=tuple(dict.fromkeys((*self.template.exclude, *excluded)))),)
+
+    def result(self, excluded: tuple[str, ...]) -> Result:
+        if excluded not in self._results:
+            self._results[excluded] = Pipeline(self.steps(excluded)).run(self.floating, self.context())
+        return self._results[excluded]
+
+    def emulated(self, model: Model) -> tuple[float, float]:
+        """dB as the graph is written, and on the kernels, of the same samples; a graph as written is slow, so they are few."""
+        work = calibration.effort(self.floating, self.data)
+        batches = -(-work.samples(_EMULATED_WORK, 2, 256) // self.judge.batch)
+        return self.judge.score(model, False, batches).sqnr, self.judge.score(model, True, batches).sqnr
+
+    def score(self, excluded: tuple[str, ...]) -> Score:
+        if excluded not in self._scores:
+            self._scores[excluded] = self.judge.score(self.result(excluded).model, self.on_kernels)
+        return self._scores[excluded]
+
+    def _equalize(self) -> None:
+        """Scale channels alike before, where the outputs gain by it."""
+        if not self.wish.equalize or any(p.pass_name() == "equalize-channels" for p in self.before.passes):
+            return
+        step: Any = find_pass("equalize-channels")()
+        found = Pipeline((step,)).run(self.floating, self.context())
+        if not found.rewrites:
+            return
+        floating = self.floating
+        old = self.emulated(self.result(()).model)[0]
+        results = self._results
+        self.floating, self._results = found.model, {}
+        new = self.emulated(self.result(()).model)[0]
+        if new < old + _GAIN:
+            self.floating, self._results = floating, results
+            return
+        self.before = Pipeline((*self.before.steps, step))
+        self.notes.append(f"equalize-channels: {old:.1f} -> {new:.1f} dB as written")
+
+    def run(self) -> Outcome:
+        self._equalize()
+        excluded: tuple[str, ...] = ()
+        if self.wish.gate and self.on_kernels and self.result(()).rewrites:
+            excluded = self._gate()
+        met = True
+        if self.wish.max_drop is not None:
+            excluded, met = self._regain(excluded, self.wish.max_drop)
+        result, score = self.result(excluded), self.score(excluded)
+        written, kernels = self.emulated(result.model) if self.on_kernels else (score.sqnr, score.sqnr)
+        outcome = Outcome(
+            Pipeline((*self.before.steps, *self.steps(excluded))),
+            result,
+            [],
+            "top1" if self.wish.labels is not None else "agreement",
+            score.reference,
+            score.metric,
+            score.sqnr,
+            written,
+            excluded,
+            met,
+            self.notes,
+            reasons={n: r for n, r in self.reasons.items() if n in excluded},
+        )
+        if result.rewrites:
+            step = self.steps(excluded)[0]
+            outcome.alone = layer_sqnr(self.floating, step, self.data, self.context())
+        if self.on_kernels:
+            sample = next(iter(self.data.feeds(1, 1)))
+            outcome.take(coverage.onnxruntime_coverage(result.model, result.remarks, sample))
+        if kernels < written - 1 and kernels < 60:
+            told = f"the kernels of this machine lose {written - kernels:.1f} dB against the graph as written: they saturate"
+            self.notes.append(told)
+            self.say(told + "; use pair-safe weights")
+        return outcome
+
+    # --------------------------------------------------------------------------------------------------- accuracy
+
+    def _regain(self, excluded: tuple[str, ...], max_drop: float) -> tuple[tuple[str, ...], bool]:
+        """Leave ever more of the most sensitive layers in float until the metric holds, then as few as suffice."""
+        floor = self.score(excluded).reference - max_drop
+        if self.score(excluded).metric >= floor:
+            return excluded, True
+        ranking = sensitivity(self.floating, self.target, self.data, wish=self.template, seed=self.seed)
+        ranked = [s.name for s in ranking if s.name not in excluded]
+        tried = {0: excluded}
+        count, low, high = 1, 0, None
+        while high is None and ranked:
+            count = min(count, len(ranked))
+            tried[count] = (*excluded, *ranked[:count])
+            if self.score(tried[count]).metric >= floor:
+                high = count
+            elif count == len(ranked):
+                break
+            else:
+                low, count = count, count * 2
+        if high is None:
+            best = max(tried.values(), key=lambda e: (self.score(e).metric, self.score(e).sqnr, -len(e)))
+            lost = self.score(best).reference - self.score(best).metric
+            self.say(f"max-drop {max_drop} cannot be met; the best found loses {lost:.2f} points")
+            found, met = best, False
+        else:
+            while high - low > 1:
+                middle = (low + high) // 2
+                tried[middle] = (*excluded, *ranked[:middle])
+                if self.score(tried[middle]).metric >= floor:
+                    high = middle
+                else:
+                    low = middle
+            found, met = tried[high], True
+            self.say(f"{high} layers stay float so that the drop is at most {max_drop}")
+        self.reasons.update((n, "returned to float for max-drop") for n in found if n not in excluded)
+        return found, met
+
+    # ------------------------------------------------------------------------------------------------------- time
+
+    def _gate(self) -> tuple[str, ...]:
+        """The layers that had better stay float: families of layers are timed in float, each alone and then those that gain together."""
+        families = self._families()
+        sample = next(iter(self.data.feeds(1, 1)))
+        timed: dict[str, tuple[str, ...]] = {"all in int8": ()}
+        timed.update((f"{name} in float", members) for name, members in families.items())
+        ratios = self._times(timed, sample)
+        whole = ratios["all in int8"]
+        gains = [n for n in ratios if n != "all in int8" and ratios[n] < 0.99 * whole]
+        if len(gains) > 1:
+            gains.sort(key=lambda n: ratios[n])
+            union = tuple(dict.fromkeys(m for n in gains for m in timed[n]))
+            if self.steps(union):
+                timed[" and ".join(gains)] = union
+                ratios.update(self._times({" and ".join(gains): union, gains[0]: timed[gains[0]]}, sample))
+        best = min(ratios, key=lambda n: ratios[n])
+        told = "; ".join(f"{n}: x{r:.2f}" for n, r in ratios.items())
+        self.notes.append(f"time against float on one sample: {told}")
+        excluded = timed[best]
+        if ratios[best] >= 0.99:
+            self.say(f"int8 is not faster here ({told}): everything stays float (--no-gate forces int8)")
+            excluded = tuple(self.names)
+        elif excluded:
+            self.say(f"{best}: faster ({told})")
+        self.reasons.update((n, "int8 is not faster here (measured)") for n in excluded)
+        return excluded
+
+    def _times(self, plans: Mapping[str, tuple[str, ...]], sample: Mapping[str, Array]) -> dict[str, float]:
+        """Time over that of the float model, by name of the plan."""
+        calls: dict[str, Callable[[], object]] = {}
+        for name, model in [("float", self.floating), *((n, self.result(e).model) for n, e in plans.items())]:
+            session = session_of(model, True, threads=1)  # the fairest clock on a machine that does other things too
+            calls[name] = lambda s=session: s.run(None, sample)  # type: ignore[misc]
+        start = time.perf_counter()
+        for call in calls.values():
+            call()
+        rounds = int(max(3, min(41, _SECONDS / max(1e-6, time.perf_counter() - start))))
+        gc.freeze()  # the graphs at hand are no garbage; looking at them between rounds takes longer than the rounds
+        try:
+            timings = measure.interleave(calls, rounds=rounds, min_seconds=2e-3, seed=self.seed)
+        finally:
+            gc.unfreeze()
+        return {name: timings.compare("float", name).ratio for name in plans}
+
+    def _families(self) -> dict[str, tuple[str, ...]]:
+        """Layers that may be slower in int8 for one reason, by that reason."""
+        quantizable = set(self.names)
+        converted = {n.name: n for n in operators(self.result(()).model) if n.name in quantizable}
+        nodes = [n for n in operators(self.floating) if n.name in converted]
+        counts = macs(self.floating)[1]
+        sizes = {n.name: c for n in nodes if isinstance(c := counts.get(n.name, 0), int)}
+        found: dict[str, list[str]] = {}
+        for node in nodes:
+            shape = tuple(node.inputs[1].shape or ())
+            if weights.is_depthwise(node, shape):
+                found.setdefault("depthwise", []).append(node.name)
+            elif node.op == "Conv" and len(shape) > 2 and int(node.attrs.get("group", 1)) > 1:
+                found.setdefault("grouped", []).append(node.name)
+            elif node.op == "Conv" and len(shape) > 2 and shape[1] <= 4:
+                found.setdefault("narrow inputs", []).append(node.name)
+            elif node.op != "Conv":
+                found.setdefault("matrix products", []).append(node.name)
+            elif not _chained(converted[node.name]):
+                found.setdefault("single convolutions", []).append(node.name)
+        total, small = sum(sizes.values()), 0
+        for name in sorted(sizes, key=lambda n: (sizes[n], n)):
+            small += sizes[name]
+            if small > _SMALL * total:
+                break
+            found.setdefault("small layers", []).append(name)
+        return {name: tuple(members) for name, members in found.items() if len(members) < len(nodes)}
+
+
+def _decoded(tensor: gs.Tensor) -> bool:
+    return bool(tensor.inputs) and tensor.inputs[0].op == "DequantizeLinear"
+
+
+def _chained(node: gs.Node) -> bool:
+    """Whether a convolution gets its codes from another int8 operator, or gives its own to one."""
+    decode = node.inputs[0].inputs[0] if _decoded(node.inputs[0]) else None
+    encode = decode.inputs[0].inputs[0] if decode is not None and decode.inputs[0].inputs else None
+    sources = encode.inputs[0].inputs if encode is not None else []
+    decoders = [d for e in node.outputs[0].outputs if e.op == "QuantizeLinear" for d in e.outputs[0].outputs]
+    readers = [r for d in decoders for r in d.outputs[0].outputs]
+    weighted = [r for r in readers if len(r.inputs) > 1]
+    return any(_decoded(t) for n in sources for t in n.inputs) or any(_decoded(r.inputs[1]) for r in weighted)
 
 
 def _context(target: Target, data: Data, seed: int) -> Context:
     return Context(target=target, seed=seed, evaluate=evaluate_node, data=data)
 
 
-def _excluding(wish: Any, names: tuple[str, ...]) -> Pass:
-    step: Pass = replace(wish, exclude=tuple(dict.fromkeys((*wish.exclude, *names))))
-    return step
-
-
-def _regain(
-    floating: Model,
-    target: Target,
-    data: Data,
-    wish: Any,
-    attempt: Callable[[tuple[str, ...]], tuple[Result, list[list[Array]], float]],
-    excluded: tuple[str, ...],
-    floor: float,
-    seed: int,
-) -> tuple[tuple[str, ...], bool]:
-    """Leave ever more of the most sensitive layers in float until the metric reaches `floor`, then as few as suffice."""
-    if attempt(excluded)[2] >= floor:
-        return excluded, True
-    ranked = [s.name for s in sensitivity(floating, target, data, wish=wish, seed=seed) if s.name not in excluded]
-    tried: dict[int, tuple[str, ...]] = {0: excluded}
-    count, low, high = 1, 0, None
-    while high is None:
-        count = min(count, len(ranked))
-        tried[count] = (*excluded, *ranked[:count])
-        if attempt(tried[count])[2] >= floor:
-            high = count
-        elif count == len(ranked):
-            break
-        else:
-            low, count = count, count * 2
-    if high is None:
-        best = max(tried.values(), key=lambda e: (attempt(e)[2], -len(e)))
-        return best, False
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried[middle] = (*excluded, *ranked[:middle])
-        if attempt(tried[middle])[2] >= floor:
-            high = middle
-        else:
-            low = middle
-    return tried[high], True
+def layer_sqnr(model: Model, step: Any, data: Data, ctx: Context) -> dict[str, float]:
+    """dB of each weighted operator's own result when its operands are rounded as `step` (a ``quantize-qdq``) would, by name."""
+    model = step.raised(model)
+    twins: dict[str, Twin] = step.twins(model, ctx)
+    if not twins:
+        return {}
+    work = calibration.effort(model, data)
+    _, shares = judge(model, twins, data.head(work.samples(_LAYER_WORK, 8, _RANKED_ON), work.at_once))
+    return {name: round(-10 * float(np.log10(max(share, 1e-20))), 2) for name, share in shares.items()}
 
 
 def sensitivity(
@@ -342,9 +570,14 @@ def sensitivity(
         limit: samples to judge on.
     """
     quantize: Any = find_pass("quantize-qdq")
-    twins: dict[str, Twin] = (wish or quantize()).twins(model, _context(target, data, seed))
+    step = wish or quantize()
+    model = step.raised(model)
+    twins: dict[str, Twin] = step.twins(model, _context(target, data, seed))
+    if not twins:
+        return []
     switches = Switches(model, twins)
-    feeds = list(data.feeds(32, limit))
+    work = calibration.effort(model, data)
+    feeds = list(data.head(work.samples(_RANKING_WORK // len(twins), 4, limit), work.at_once).feeds())
     reference = [a for f in feeds for a in switches.run(f, ()).values() if a.dtype.kind == "f"]
     ops = {n.name: n.op for n in model.graph.nodes}
     found = []
@@ -352,46 +585,3 @@ def sensitivity(
         other = [a for f in feeds for a in switches.run(f, (name,)).values() if a.dtype.kind == "f"]
         found.append(Sensitivity(name, ops[name], sqnr(reference, other)))
     return sorted(found, key=lambda s: s.sqnr)
-
-
-def _gate(
-    floating: Model,
-    attempt: Callable[[tuple[str, ...]], tuple[Result, list[list[Array]], float]],
-    data: Data,
-    notes: list[str],
-    say: Callable[[str], None],
-) -> tuple[str, ...]:
-    """The layers that had better stay float, by timing whole models with groups of layers in float; in the end all of them."""
-    depthwise, narrow = [], []
-    nodes = list(operators(floating))
-    for node in nodes:
-        shape = tuple(node.inputs[1].shape or ()) if len(node.inputs) > 1 else ()
-        if weights.is_depthwise(node, shape):
-            depthwise.append(node.name)
-        elif node.op == "Conv" and len(shape) > 2 and shape[1] <= 4:
-            narrow.append(node.name)
-    plans: dict[str, tuple[str, ...]] = {"all in int8": ()}
-    if depthwise:
-        plans["depthwise in float"] = tuple(depthwise)
-    if narrow:
-        plans["narrow inputs in float"] = tuple(narrow)
-    if depthwise and narrow:
-        plans["depthwise and narrow inputs in float"] = (*depthwise, *narrow)
-    sample = next(iter(data.feeds(1, 1)))
-    calls: dict[str, Callable[[], object]] = {}
-    for name, excluded in plans.items():
-        session = _session(attempt(excluded)[0].model, True)
-        calls[name] = lambda s=session: s.run(None, sample)  # type: ignore[misc]
-    session = _session(floating, True)
-    calls["float"] = lambda: session.run(None, sample)
-    timings = measure.interleave(calls, rounds=_ROUNDS)
-    ratios = {name: timings.compare("float", name) for name in plans}
-    best = min(ratios, key=lambda n: ratios[n].ratio)
-    told = "; ".join(f"{n}: x{c.ratio:.2f}" for n, c in ratios.items())
-    notes.append(f"time against float on one sample: {told}")
-    if ratios[best].ratio >= 1:
-        say(f"int8 is not faster here ({told}): everything stays float (--no-gate forces int8)")
-        return tuple(n.name for n in nodes)
-    if best != "all in int8":
-        say(f"{best}: faster ({told})")
-    return plans[best]

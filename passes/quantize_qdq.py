@@ -7,18 +7,21 @@ are symmetric int8 with one scale for each output channel; a bias becomes int32 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import onnx
 
-from graphopt.analyses import calibration, weights
-from graphopt.analyses.placement import Codes, Placer, Plan, operators, refusal, selects, sizes
+from graphopt.analyses import calibration, gram, weights
+from graphopt.analyses.gram import Layer
+from graphopt.analyses.placement import WEIGHTED, Codes, Placer, Plan, operators, refusal, selects, sizes
 from graphopt.analyses.quantized import forms
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
+from graphopt.analyses.rounding import rounded
 from graphopt.analyses.shapes import Shapes
-from graphopt.analyses.twins import Twin, best_ranges, judge
+from graphopt.analyses.twins import RangeJudge, Twin, judge
 from graphopt.edit import Editor
 from graphopt.errors import UnsupportedModel, UsageError
 from graphopt.ir import Model, Node, from_proto
@@ -27,7 +30,11 @@ from graphopt.qdq import Inserter
 
 _OPSET: Final = 13  # from which DequantizeLinear has an axis
 _TRIED: Final = ("minmax", "percentile", "mse", "entropy")  # by calibration=auto
-_JUDGED_ON: Final = 64  # samples that auto and bias correction look at
+_SHARES: Final = (0.9, 0.9, 0.85, 0.8, 0.75)  # by which auto draws in an end of a range, one after the other
+_JUDGED_ON: Final = 64  # samples that auto and bias correction look at, at most
+_RANGE_WORK: Final = 1 << 35  # multiply-accumulates of the samples that auto looks at, about
+_BIAS_WORK: Final = 1 << 37  # and of those for bias correction
+_HEAVY: Final = 1 << 33  # multiply-accumulates of a sample from which on auto does not draw in ends
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class QuantizeQdq(Pass):
     exclude: tuple[str, ...] = ()  # names (with * and ?) or operators of nodes to leave in float
     only: tuple[str, ...] = ()  # of nodes to quantize; none: all that can be
     pair_safe: bool | None = None  # weights that cannot saturate on x86 without VNNI; none: as the target needs
+    rounding: Literal["gptq", "nearest"] = "gptq"  # of weights; gptq lets their errors cancel on the samples
     correct_bias: bool = True  # take the mean error of each channel off the bias
     min_channels: int | None = (
         None  # weighted operators with fewer channels in or out stay float; none: 16 for TensorRT
@@ -75,26 +83,35 @@ class QuantizeQdq(Pass):
                 raise UnsupportedModel(
                     f"quantize-qdq: {ctx.target} cannot run int8 ({', '.join(unable)}); build float16 for it, or name sm80 and newer"
                 )
-        _raise_opset(model, ctx)
-        return _Run(self, model, ctx).run()
+        raised = self.raised(model)
+        done = _Run(self, raised, ctx).run()
+        if done and raised is not model:
+            ctx.remark(
+                None, f"opset raised from {model.opset} to {_OPSET}, the first whose DequantizeLinear has an axis"
+            )
+            model.graph, model.carried = raised.graph, raised.carried
+        return done
+
+    @staticmethod
+    def raised(model: Model) -> Model:
+        """`model`, or what it is in the first opset that has what is needed.
+
+        Raises:
+            UnsupportedModel: onnx cannot convert it.
+        """
+        if model.opset >= _OPSET or not any(True for _ in operators(model)):
+            return model
+        try:
+            return from_proto(onnx.version_converter.convert_version(model.to_proto(), _OPSET), model.source)
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"quantize-qdq needs opset {_OPSET}, the model has {model.opset} and onnx cannot convert it "
+                f"({' '.join(str(error).split())[:200]}); export it again"
+            ) from None
 
     def twins(self, model: Model, ctx: Context) -> dict[str, Twin]:
         """How each weighted operator would be rounded, by name; `model` stays as it is."""
         return _Run(self, model, ctx).twins()
-
-
-def _raise_opset(model: Model, ctx: Context) -> None:
-    if model.opset >= _OPSET or not any(True for _ in operators(model)):
-        return
-    try:
-        newer = from_proto(onnx.version_converter.convert_version(model.to_proto(), _OPSET), model.source)
-    except (RuntimeError, ValueError) as error:
-        raise UnsupportedModel(
-            f"quantize-qdq needs opset {_OPSET}, the model has {model.opset} and onnx cannot convert it "
-            f"({' '.join(str(error).split())[:200]}); export it again"
-        ) from None
-    ctx.remark(None, f"opset raised from {model.opset} to {_OPSET}, the first whose DequantizeLinear has an axis")
-    model.graph, model.carried = newer.graph, newer.carried
 
 
 class _Run:
@@ -145,10 +162,8 @@ class _Run:
             raise UsageError("quantize-qdq: sensitivity needs calibration data; give --data")
         found = self._affines(plan)
         scales = {id(c.tensor): found[id(c)] for c in plan.codes}
-        return {
-            n.name: Twin(scales[id(n.inputs[0])], self._quantized(n, scales[id(n.inputs[0])].scale).values())
-            for n in plan.nodes
-        }
+        quantized = self._weights(plan, scales)
+        return {n.name: Twin(scales[id(n.inputs[0])], quantized[n.name].values()) for n in plan.nodes}
 
     # -------------------------------------------------------------------------------------------------- what to do
 
@@ -171,9 +186,12 @@ class _Run:
                 chosen.append(node)
             else:
                 self.ctx.remark(node, f"stays float: {reason}")
+        root = {id(n) for n in self.model.graph.nodes}
         for node in self.model.nodes():
             if node.op in ("LSTM", "GRU", "RNN", "ConvTranspose"):
                 self.ctx.remark(node, "stays float: neither runtime has an int8 kernel for it")
+            elif node.op in WEIGHTED and id(node) not in root:
+                self.ctx.remark(node, "stays float: it runs inside the body of an If, Loop or Scan")
         return chosen
 
     def _wide_enough(self, node: Node, least: int) -> bool:
@@ -192,10 +210,6 @@ class _Run:
             if missing:
                 self.ctx.remark(None, "no calibration data: only tensors with a known range get codes; give --data")
             return missing
-        limit = self.options.samples
-        if limit is not None and data.count is not None and data.count < limit:
-            raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")
-        self.statistics = data.memo.setdefault((self.model.fingerprint(), limit), {})
         limit = self.options.samples
         if limit is not None and data.count is not None and data.count < limit:
             raise UsageError(f"quantize-qdq: {limit} samples asked for, {data.name} holds {data.count}")
@@ -230,30 +244,73 @@ class _Run:
     def _affines(self, plan: Plan) -> dict[int, Affine]:
         """Scale and zero point of each tensor; those of a group are its leader's, whose range holds all of theirs."""
         method = self.options.calibration
-        data = self.ctx.data
         members: dict[int, list[Codes]] = {}
         for codes in plan.codes:
             members.setdefault(id(codes.root), []).append(codes)
-        tried = _TRIED if method == "auto" and data is not None else ("minmax" if method == "auto" else method,)
-        choices = {
-            one: {key: self._joint([self._range(c, one) for c in group]) for key, group in members.items()}
-            for one in tried
+        if method == "auto" and self.ctx.data is not None:
+            ranges = self._best(members)
+        else:
+            ranges = {k: self._joint(group, "minmax" if method == "auto" else method) for k, group in members.items()}
+        return {id(c): affine(*ranges[id(c.root)], self.scheme) for c in plan.codes}
+
+    def _joint(self, group: list[Codes], method: str) -> tuple[float, float]:
+        ranges = [self._range(c, method) for c in group]
+        return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+    def _best(self, members: dict[int, list[Codes]]) -> dict[int, tuple[float, float]]:
+        """Of the methods' ranges the one with the least error at the readers, either end then drawn in as far as that helps."""
+        data = self.ctx.data
+        assert data is not None
+        groups = {
+            k: [(c.tensor.name, tuple(dict.fromkeys(n.name for n in c.readers))) for c in group]
+            for k, group in members.items()
         }
-        best = dict.fromkeys(members, tried[0])
-        if len(tried) > 1 and data is not None:
-            samples = data.head(_JUDGED_ON, calibration.MOST_AT_ONCE)
-            groups = {
-                key: [(c.tensor.name, [n.name for n in c.readers]) for c in group] for key, group in members.items()
-            }
-            best = best_ranges(self.model, groups, choices, samples)
-        return {id(c): choices[best[id(c.root)]][id(c.root)] for c in plan.codes}
+        known: dict[Any, tuple[float, float]] = data.memo.setdefault(
+            ("ranges", self.model.fingerprint(), self.scheme, self.options.share), {}
+        )
+        missing = {k: group for k, group in groups.items() if tuple(group) not in known}
+        if missing:
+            work = calibration.effort(self.model, data)
+            judge = RangeJudge(self.model, missing, data, work.samples(_RANGE_WORK, 4, _JUDGED_ON))
+            best: dict[int, tuple[float, tuple[float, float]]] = {}
 
-    def _joint(self, ranges: list[tuple[float, float]]) -> Affine:
-        return affine(min(r[0] for r in ranges), max(r[1] for r in ranges), self.scheme)
+            def attempt(ranges: dict[int, tuple[float, float]]) -> None:
+                losses = judge.losses({k: affine(*r, self.scheme) for k, r in ranges.items()})
+                for k, r in ranges.items():
+                    if k not in best or losses.get(k, 0.0) < best[k][0]:
+                        best[k] = losses.get(k, 0.0), r
 
-    # ------------------------------------------------------------------------------------------------------ changes
+            for method in _TRIED:
+                attempt({k: self._joint(members[k], method) for k in missing})
+            for share in _SHARES if work.macs < _HEAVY else ():
+                attempt({k: (r[0] * share, r[1]) for k, (_, r) in best.items()})
+            for share in _SHARES if work.macs < _HEAVY else ():
+                attempt({k: (r[0], r[1] * share) for k, (_, r) in best.items()})
+            known.update((tuple(groups[k]), r) for k, (_, r) in best.items())
+        return {k: known[tuple(group)] for k, group in groups.items()}
 
-    def _quantized(self, node: Node, scale: float) -> weights.Quantized:
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def _weights(self, plan: Plan, scales: dict[int, Affine]) -> dict[str, weights.Quantized]:
+        """The weight of each operator as codes, by name."""
+        found = {n.name: self._nearest(n, scales[id(n.inputs[0])].scale) for n in plan.nodes}
+        data = self.ctx.data
+        if self.options.rounding == "nearest" or data is None:
+            return found
+        known: dict[Any, weights.Quantized] = data.memo.setdefault(("gptq", self.model.fingerprint()), {})
+        layers = {n: layer for n, layer in gram.layers(self.model).items() if n in found}
+        keys = {n: (n, self.safe, self._mends(layer), found[n].scale.tobytes()) for n, layer in layers.items()}
+        missing = {n: layer for n, layer in layers.items() if keys[n] not in known}
+        mended = frozenset(n for n, layer in missing.items() if self._mends(layer))
+        new = rounded(self.model, missing, found, data, pair_safe=self.safe, centred=mended, seed=self.ctx.seed)
+        known.update((keys[n], new[n]) for n in missing)
+        return {**found, **{n: known[keys[n]] for n in layers}}
+
+    def _mends(self, layer: Layer) -> bool:
+        """Whether the mean error of a layer goes into a bias."""
+        return self.options.correct_bias and not layer.fixed_bias
+
+    def _nearest(self, node: Node, scale: float) -> weights.Quantized:
         """The weight of `node`, its scales large enough for the bias to fit int32."""
         weight = np.asarray(node.inputs[1].values)
         least = None
@@ -262,22 +319,32 @@ class _Run:
             least = np.broadcast_to(bias / (scale * 2.0**30), (sizes(node)[1],))
         return weights.quantize(node, weight, pair_safe=self.safe, least=least)
 
+    # ------------------------------------------------------------------------------------------------------ changes
+
     def _write(self, plan: Plan, found: dict[int, Affine]) -> None:
         scales = {id(c.tensor): found[id(c)] for c in plan.codes}
-        quantized = {n.name: self._quantized(n, scales[id(n.inputs[0])].scale) for n in plan.nodes}
+        quantized = self._weights(plan, scales)
+        layers = {n: layer for n, layer in gram.layers(self.model).items() if n in quantized}
         shifts: dict[str, np.ndarray[Any, Any]] = {}
         if self.options.correct_bias and self.ctx.data is not None:
             twins = {
                 n.name: Twin(scales[id(n.inputs[0])], quantized[n.name].values())
                 for n in plan.nodes
-                if n.op != "MatMul"
+                if n.op != "MatMul" or (n.name in layers and layers[n.name].adder is not None)
             }
-            shifts, _ = judge(self.model, twins, self.ctx.data.head(_JUDGED_ON, calibration.MOST_AT_ONCE))
+            shifts = self._shifts(twins)
         inserter = Inserter(self.edit)
         for node in plan.nodes:
             scale = scales[id(node.inputs[0])].scale
             shift = shifts.get(node.name)
-            if _has_bias(node) or shift is not None:
+            adder = layers[node.name].adder if node.name in layers else None
+            if node.op == "MatMul" and shift is not None and adder is not None:
+                index = layers[node.name].bias
+                assert index is not None
+                old = adder.inputs[index]
+                values = old.values.astype(np.float64) - shift.reshape(old.shape)
+                adder.inputs[index] = self.edit.constant(old.name, values.astype(old.dtype))
+            elif node.op != "MatMul" and (_has_bias(node) or shift is not None):
                 channels = sizes(node)[1]
                 bias = np.zeros(channels)
                 if _has_bias(node):
@@ -289,6 +356,22 @@ class _Run:
         for codes in plan.codes:
             inserter.pair(codes, found[id(codes)])
         self.edit.commit()
+
+    def _shifts(self, twins: dict[str, Twin]) -> dict[str, Any]:
+        """The mean error of each channel, by name of the operator."""
+        data = self.ctx.data
+        assert data is not None
+        known: dict[Any, Any] = data.memo.setdefault(("shifts", self.model.fingerprint()), {})
+        keys = {
+            n: (n, t.codes, hashlib.sha256(b"" if t.weight is None else t.weight.tobytes()).digest())
+            for n, t in twins.items()
+        }
+        missing = {n: t for n, t in twins.items() if keys[n] not in known}
+        if missing:
+            work = calibration.effort(self.model, data)
+            samples = data.head(work.samples(_BIAS_WORK, 8, _JUDGED_ON), work.at_once)
+            known.update((keys[n], shift) for n, shift in judge(self.model, missing, samples)[0].items())
+        return {n: known[keys[n]] for n in twins}
 
 
 def _has_bias(node: Node) -> bool:

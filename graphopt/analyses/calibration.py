@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt import isolation
+from graphopt.analyses.macs import macs
 from graphopt.data import Data
 from graphopt.errors import UnsupportedModel, UsageError
+from graphopt.interface import set_shape
 from graphopt.ir import Model, saves
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +30,7 @@ BINS: Final = 8192  # of a histogram; at least a quarter of them lie within the 
 BUDGET: Final = 256 << 20  # bytes of tensors that one run may give
 MOST_AT_ONCE: Final = 32  # samples of a run
 COUNTED: Final = 1 << 17  # values of a tensor and run that go into the histogram; extremes see all
+_RUN_MACS: Final = 1 << 34  # multiply-accumulates of a run, about
 _MEMORY: Final = 0.9  # of the moving averages
 
 Progress = Callable[[int, int | None], None]  # samples done, samples in all
@@ -101,6 +105,38 @@ class Statistics:
         return edges, self._counts[first : last + 1]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much work one sample is, and what follows from that for how many are looked at."""
+
+    macs: int  # multiply-accumulates, as far as they are known
+
+    @property
+    def at_once(self) -> int:
+        """Samples of one run: few where each is enough to keep the machine busy."""
+        return max(1, min(MOST_AT_ONCE, _RUN_MACS // max(1, self.macs)))
+
+    def samples(self, budget: int, least: int, most: int) -> int:
+        """As many samples as `budget` multiply-accumulates allow."""
+        return max(least, min(most, budget // max(1, self.macs)))
+
+
+def effort(model: Model, data: Data) -> Effort:
+    """The work of the first sample of `data`."""
+    key = ("effort", model.fingerprint())
+    if key not in data.memo:
+        probe = next(iter(data.feeds(1, 1)))
+        copy = model.clone()
+        for spec in model.inputs:
+            array = probe.get(spec.name)
+            if array is not None and spec.shape is not None and any(not isinstance(d, int) for d in spec.shape):
+                set_shape(copy, spec.name, array.shape)
+        counts = macs(copy)[1].values()
+        data.memo[key] = Effort(sum(c for c in counts if isinstance(c, int)))
+    found: Effort = data.memo[key]
+    return found
+
+
 class Runner:
     """A model in ONNX Runtime with chosen tensors as its outputs."""
 
@@ -160,9 +196,10 @@ def runs(
 
     All groups of tensors together hold `names`; each group sees all samples in the same order.
     """
+    most = min(effort(model, data).at_once, data.at_once(MOST_AT_ONCE))
     for number, (group, batch) in enumerate(_groups(model, names, data, budget)):
         runner = Runner(model, group)
-        for feeds in data.feeds(batch, limit):
+        for feeds in data.feeds(min(batch, most), limit):
             yield number, runner.run(feeds)
 
 

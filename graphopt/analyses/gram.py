@@ -95,6 +95,18 @@ class Layer:
         else:
             holder.inputs.append(edit.constant(f"{self.node.name}_bias", vector))
 
+    def result_like(self, x: Array) -> Array:
+        """An array of the shape that the result has for `x`, without memory behind it."""
+        if self.op != "Conv":
+            return np.broadcast_to(np.float32(0), (*x.shape[:-1], self.weight.shape[int(self.transposed)]))
+        kernel = self.weight.shape[2:]
+        strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
+        sizes = [
+            max(0, (n + sum(pad) - d * (k - 1) - 1) // s + 1)
+            for n, k, s, d, pad in zip(x.shape[2:], kernel, strides, dilations, pads, strict=True)
+        ]
+        return np.broadcast_to(np.float32(0), (x.shape[0], self.weight.shape[0], *sizes))
+
     def positions(self, result: Array) -> int:
         """How many rows `columns` and `outputs` have for this result."""
         channels = int(result.shape[1 if self.op == "Conv" else -1])

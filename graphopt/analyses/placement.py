@@ -349,8 +349,9 @@ def operators(model: Model) -> Iterator[Node]:
 
 
 def selects(patterns: Sequence[str], node: Node) -> bool:
-    """Whether one of `patterns`, a name with ``*`` and ``?`` or an operator, means `node`."""
-    return any(p in (node.op, node.name) or fnmatchcase(node.name, p) for p in patterns)
+    """Whether one of `patterns`, a name with ``*`` and ``?`` or an operator, means `node` or one that went into it."""
+    names = (node.name, *node.origin)
+    return any(p in (node.op, *names) or any(fnmatchcase(name, p) for name in names) for p in patterns)
 
 
 def sizes(node: Node) -> tuple[int, int]:

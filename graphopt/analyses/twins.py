@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.calibration import Runner
+from graphopt.analyses.calibration import Runner, effort
 from graphopt.analyses.ranges import Affine
 from graphopt.data import Data
 from graphopt.edit import Editor, sort
@@ -24,6 +24,7 @@ Array = np.ndarray[Any, Any]
 Key = TypeVar("Key", bound=Hashable)
 
 _FLOAT: Final = np.dtype(np.float32)
+_FOLLOW: Final = 2  # nodes behind a reader
 
 
 @dataclass(frozen=True)
@@ -82,60 +83,84 @@ class _Builder:
         return value
 
 
-def best_ranges(
-    model: Model,
-    groups: Mapping[Key, Sequence[tuple[str, Sequence[str]]]],
-    choices: Mapping[str, Mapping[Key, Affine]],
-    data: Data,
-) -> dict[Key, str]:
-    """For each group of tensors that share codes, the choice with the least error at the outputs of the nodes that read them.
+_FOLLOWED: Final = frozenset(["Relu", "LeakyRelu", "Clip", "Add", "Mul", "MaxPool", "HardSwish", "Sigmoid"])
 
-    Args:
-        model: in float, with named nodes.
-        groups: of (tensor, names of its readers) in the root graph.
-        choices: name of the choice -> the codes of each group.
-        data: samples to judge on.
 
-    Returns:
-        The name of the best choice for each group; ties go to the first.
+class RangeJudge:
+    """The error that codes of a tensor bring to those who read it, each group of tensors alone, all in one run.
+
+    The error is taken behind the reader, and behind what its result alone goes through then (a sum, a Relu): what a Relu will cut off does
+    no harm. Scales come in as inputs, so another range compiles nothing anew.
     """
-    build = _Builder(model)
-    fed: dict[Key, tuple[str, str, str]] = {}
-    errors: dict[Key, list[tuple[str, str]]] = {}
-    for key, members in groups.items():
-        scale, low, high = (build.feed(f"twin_{what}") for what in ("scale", "low", "high"))
-        fed[key] = (scale.name, low.name, high.name)
-        rounded = {name: build.rounded(build.tensors[name], scale, low, high) for name, _ in members}
-        for reader in dict.fromkeys(r for _, readers in members for r in readers):
-            node = build.nodes.get(reader)
-            if node is None or subgraphs(node) or node.op in ("Shape", "Size"):
-                continue
-            found = build.copy(node, [rounded.get(t.name, t) if t.name else t for t in node.inputs])
-            size = build.add("ReduceSumSquare", [node.outputs[0]], keepdims=0)
-            off = build.add("ReduceSumSquare", [build.add("Sub", [found, node.outputs[0]])], keepdims=0)
-            errors.setdefault(key, []).append((build.give(off), build.give(size)))
-    if not build.wanted:
-        return {key: next(iter(choices)) for key in groups}
-    runner = Runner(build.model, build.wanted)
-    losses: dict[Key, dict[str, float]] = {key: {} for key in groups}
-    for name, codes in choices.items():
+
+    def __init__(
+        self, model: Model, groups: Mapping[Key, Sequence[tuple[str, Sequence[str]]]], data: Data, samples: int
+    ) -> None:
+        """
+        Args:
+            model: in float, with named nodes.
+            groups: of (tensor, names of its readers) in the root graph, that share codes.
+            data: to judge on.
+            samples: of `data`, how many.
+        """
+        build = _Builder(model)
+        self._fed: dict[Any, tuple[str, str, str]] = {}
+        self._errors: dict[Any, list[tuple[str, str]]] = {}
+        for key, members in groups.items():
+            scale, low, high = (build.feed(f"twin_{what}") for what in ("scale", "low", "high"))
+            self._fed[key] = (scale.name, low.name, high.name)
+            rounded = {name: build.rounded(build.tensors[name], scale, low, high) for name, _ in members}
+            for reader in dict.fromkeys(r for _, readers in members for r in readers):
+                pair = self._behind(build, build.nodes.get(reader), rounded)
+                if pair is not None:
+                    self._errors.setdefault(key, []).append(pair)
+        self._wanted = list(build.wanted)
+        self._samples = data.head(samples, effort(model, data).at_once)
+        self._runner = Runner(build.model, build.wanted) if build.wanted else None
+
+    @staticmethod
+    def _behind(build: _Builder, node: gs.Node | None, rounded: Mapping[str, gs.Tensor]) -> tuple[str, str] | None:
+        if node is None or subgraphs(node) or node.op in ("Shape", "Size"):
+            return None
+        found = build.copy(node, [rounded.get(t.name, t) if t.name else t for t in node.inputs])
+        real = node.outputs[0]
+        for _ in range(_FOLLOW):
+            after = build.edit.sole_consumer(real)
+            if (
+                after is None
+                or after.op not in _FOLLOWED
+                or len(after.outputs) != 1
+                or len(set(map(id, after.inputs))) < len(after.inputs)
+            ):
+                break
+            found = build.copy(
+                after, [found if t is real else rounded.get(t.name, t) if t.name else t for t in after.inputs]
+            )
+            real = after.outputs[0]
+        size = build.add("ReduceSumSquare", [real], keepdims=0)
+        off = build.add("ReduceSumSquare", [build.add("Sub", [found, real])], keepdims=0)
+        return build.give(off), build.give(size)
+
+    def losses(self, codes: Mapping[Key, Affine]) -> dict[Key, float]:
+        """Share of the readers' power that is error, summed over the readers, for each group that has any."""
+        if self._runner is None:
+            return {}
         bounds: dict[str, Array] = {}
-        for key, names in fed.items():
+        for key, names in self._fed.items():
             one = codes[key]
             values = (one.scale, one.scheme.low - one.zero_point, one.scheme.high - one.zero_point)
             bounds.update((n, np.asarray(v, np.float32)) for n, v in zip(names, values, strict=True))
-        sums = dict.fromkeys(build.wanted, 0.0)
-        for feeds in data.feeds(32):
-            for output, value in runner.run({**feeds, **bounds}).items():
+        sums = dict.fromkeys(self._wanted, 0.0)
+        for feeds in self._samples.feeds():
+            for output, value in self._runner.run({**feeds, **bounds}).items():
                 sums[output] += float(value)
-        for key, pairs in errors.items():
-            losses[key][name] = sum(sums[off] / max(sums[size], 1e-30) for off, size in pairs)
-    first = next(iter(choices))
-    return {key: min(found, key=lambda n: found[n]) if found else first for key, found in losses.items()}
+        return {
+            key: sum(sums[off] / max(sums[size], 1e-30) for off, size in pairs) for key, pairs in self._errors.items()
+        }
 
 
 def judge(model: Model, twins: Mapping[str, Twin], data: Data) -> tuple[dict[str, Array], dict[str, float]]:
-    """By name of the node: the mean error of each output channel (axis 1), and the share of the output's power that is error."""
+    """By name of the node: the mean error of each output channel (axis 1; the last of a MatMul), and the share of the output's power that is error."""
     build = _Builder(model)
     names: dict[str, tuple[str, str, str, str]] = {}
     for name, twin in twins.items():
@@ -147,9 +172,12 @@ def judge(model: Model, twins: Mapping[str, Twin], data: Data) -> tuple[dict[str
         if twin.weight is not None:
             operands[1] = build.edit.constant("twin_weight", twin.weight)
         off = build.add("Sub", [build.copy(node, operands), node.outputs[0]])
-        rank = len(node.inputs[1].shape)
-        axes = [i for i in range(rank) if i != 1] if node.op == "Conv" else [0]
-        total = build.add("ReduceSum", [off, build.edit.constant("twin_axes", np.array(axes, np.int64))], keepdims=0)
+        shape = node.inputs[1].shape
+        axes = [i for i in range(len(shape)) if i != 1] if node.op == "Conv" else [0]
+        rows = off
+        if node.op == "MatMul":
+            rows = build.add("Reshape", [off, build.edit.constant("twin_shape", np.array([-1, shape[-1]], np.int64))])
+        total = build.add("ReduceSum", [rows, build.edit.constant("twin_axes", np.array(axes, np.int64))], keepdims=0)
         error = build.add("ReduceSumSquare", [off], keepdims=0)
         size = build.add("ReduceSumSquare", [node.outputs[0]], keepdims=0)
         count = Variable(build.edit.fresh_name("twin"), np.dtype(np.int64))
@@ -158,7 +186,7 @@ def judge(model: Model, twins: Mapping[str, Twin], data: Data) -> tuple[dict[str
         names[name] = found
     runner = Runner(build.model, build.wanted)
     sums: dict[str, Any] = dict.fromkeys(build.wanted, 0.0)
-    for feeds in data.feeds(32):
+    for feeds in data.feeds():
         for output, value in runner.run(feeds).items():
             sums[output] = sums[output] + np.asarray(value, np.float64)
     means: dict[str, Array] = {}

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,6 +17,7 @@ from graphopt.ir import Model
 from graphopt.target import Target
 
 Analysis = TypeVar("Analysis")
+CONTRIB: Final = ("ort:cpu", "ort:cuda")  # targets that run com.microsoft operators themselves
 
 
 class Exactness(enum.Enum):
@@ -81,6 +82,14 @@ class Context:
         found: Analysis = self.analyses[key]
         return found
 
+    def serves(self, targets: tuple[str, ...], wanted: bool | None) -> bool:
+        """Whether a pass made for `targets` is to run: as its option says, else on one of them, and never without a target."""
+        return self.target is not None and self.target.family in targets if wanted is None else wanted
+
+    def may_raise(self, version: int, wanted: bool | None) -> bool:
+        """Whether a pass may raise the model to opset `version`: as its option says, else where a target is known and reads it."""
+        return self.target is not None and self.target.traits.opset_ceiling >= version if wanted is None else wanted
+
     def remark(self, node: gs.Node | gs.Tensor | None, text: str) -> None:
         """Tell the user why `node` was left alone."""
         where = "" if node is None else f"{node.name!r} ({node.op})" if isinstance(node, gs.Node) else repr(node.name)
@@ -110,6 +119,7 @@ class Pass:
     """
 
     exactness: ClassVar[Exactness] = Exactness.EXACT
+    serves: ClassVar[tuple[str, ...]] = ()  # targets that it is made for, by `Target.family`; (): every one
     ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
 
     def run(self, model: Model, ctx: Context) -> int:

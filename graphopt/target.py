@@ -88,6 +88,14 @@ class Target:
         return RUNTIMES[self.runtime]
 
     @property
+    def family(self) -> str:
+        """Runtime and kind of device, as passes name what they are made for: ``ort:cpu``, ``ort:cuda``, ``tensorrt``, ``tensorrt-rtx``."""
+        if self.runtime != "ort":
+            return self.runtime
+        device = self.device.lower().removesuffix("executionprovider")
+        return "ort:cpu" if device in ("", "cpu") or device.startswith("cpu-") else f"ort:{device}"
+
+    @property
     def compute_capabilities(self) -> tuple[str, ...]:
         """The GPU architectures asked for, as in ``("sm86", "sm89")``; empty for the runtime's default."""
         return tuple(self.device.split("+")) if self.device and self.runtime != "ort" else ()

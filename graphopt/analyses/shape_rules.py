@@ -647,3 +647,36 @@ def _reduced_value(call: Call) -> Sequence[Any]:
     }
     result = _array(_fold(functions[call.node.op])(*value))
     return [result.reshape(1) if call.attr("keepdims", 1) else result]
+
+
+# com.microsoft operators: they make one value of the dtype of their first operand, which onnx cannot infer.
+
+
+def _attention(call: Call) -> Sequence[Shape | None]:
+    source, weight = call.shape(0), call.shape(1)
+    if source is None or weight is None or len(source) != 3 or len(weight) != 2:
+        return [None]
+    sizes = call.attr("qkv_hidden_sizes")
+    width = sizes[2] if sizes else symbolic.divide_exactly(weight[1], 3)
+    return [(source[0], source[1], call.shapes.opaque() if width is None else width)]
+
+
+def _multi_head_attention(call: Call) -> Sequence[Shape | None]:
+    query, value = call.shape(0), call.shape(2)
+    if query is None or value is None or len(query) != 3 or len(value) != 3:
+        return [None]
+    return [(query[0], query[1], value[2])]
+
+
+def _as_first(call: Call) -> Sequence[Shape | None]:
+    return [call.shape(0)]
+
+
+CONTRIB_RULES: Final[dict[str, Handler]] = {
+    "Attention": _attention,
+    "MultiHeadAttention": _multi_head_attention,
+    **dict.fromkeys(
+        ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+        _as_first,
+    ),
+}

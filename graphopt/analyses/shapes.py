@@ -21,7 +21,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import symbolic
-from graphopt.analyses.shape_rules import MAX_VALUES, SHAPE_RULES, UNKNOWN, VALUE_RULES, Call, Info, Shape, Values
+from graphopt.analyses.shape_rules import CONTRIB_RULES, MAX_VALUES, SHAPE_RULES, UNKNOWN, VALUE_RULES, Call, Info, Shape, Values
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.ir import Constant, Graph, Model, Node, numpy_dtype, onnx_dtype, subgraphs
 
@@ -129,6 +129,8 @@ class Shapes:
         return Info(tensor.dtype, None if tensor.shape is None else tuple(self.opaque() for _ in tensor.shape))
 
     def _node(self, node: Node) -> list[Info] | None:
+        if node.domain == "com.microsoft" and node.op in CONTRIB_RULES:
+            return self._contrib(node)
         if not node.is_onnx or any(isinstance(a, onnx.AttributeProto) and a.ref_attr_name for a in node.attrs.values()):
             return None
         if node.op == "If":
@@ -147,6 +149,12 @@ class Shapes:
             for index, value in enumerate(values(call) or ()):
                 if value is not None and value.size <= MAX_VALUES:
                     infos[index] = Info(infos[index].dtype, tuple(value.shape), value)
+        return infos
+
+    def _contrib(self, node: Node) -> list[Info]:
+        call = Call(self, node, [])
+        infos = [UNKNOWN for _ in node.outputs]
+        infos[0] = Info(call.info(0).dtype, next(iter(CONTRIB_RULES[node.op](call))))
         return infos
 
     def _if(self, node: Node) -> list[Info]:

@@ -1,0 +1,110 @@
+"""``(x - mean(x)) / sqrt(variance(x) + epsilon) * scale + bias`` over the last axes is LayerNormalization.
+
+The variance is divided by the number of elements, as ReduceMean does. The operator came with opset 17; for a runtime that knows it, an
+older model is raised to 17 where all its nodes mean the same there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from graphopt import opset
+from graphopt.analyses.idioms import Norm, normalization, trailing
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Exactness, Pass
+
+_SINCE = 17
+
+
+@dataclass(frozen=True)
+class FuseLayerNorm(Pass):
+    """Normalize over the last axes by one operator.
+
+    Before:
+        g (float[N,S,4] x) => (float[N,S,4] y)
+        <float two = {2}, float e = {0.00001}, float[4] k = {1,2,3,4}, float[4] b = {4,3,2,1}, int64[1] axes = {-1}>
+        { m = ReduceMean (x, axes)
+          d = Sub (x, m)
+          q = Pow (d, two)
+          v = ReduceMean (q, axes)
+          w = Add (v, e)
+          s = Sqrt (w)
+          n = Div (d, s)
+          t = Mul (n, k)
+          y = Add (t, b) }
+    After:
+        g (float[N,S,4] x) => (float[N,S,4] y)
+        <float[4] k = {1,2,3,4}, float[4] b = {4,3,2,1}>
+        { y = LayerNormalization <axis = -1, epsilon = 0.00001> (x, k, b) }
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceMean"})
+
+    raise_opset: bool | None = None  # whether an older model is raised to opset 17; none: where a target is known
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep; returns the number of normalizations fused."""
+        shapes, edit = ctx.analysis(Shapes, model), Editor(model)
+        allowed = ctx.may_raise(_SINCE, self.raise_opset)
+        obstacle = None if model.opset >= _SINCE else opset.obstacle(model, _SINCE, shapes) if allowed else f"opset {model.opset} has no LayerNormalization"
+        fused = 0
+        for node in list(model.nodes()):
+            found = normalization(node, edit)
+            if found is None or not found.centred:
+                continue
+            written = _operands(found, shapes, edit)
+            reason = written if isinstance(written, str) else obstacle
+            if reason is not None:
+                ctx.remark(node, f"no LayerNormalization: {reason}")
+                continue
+            if not ctx.admit():
+                break
+            assert not isinstance(written, str)
+            _write(found, written, edit)
+            fused += 1
+        edit.commit()
+        if fused:
+            opset.raise_opset(model, _SINCE, edit)
+        return fused
+
+
+def _operands(found: Norm, shapes: Shapes, edit: Editor) -> tuple[gs.Tensor, gs.Tensor | None] | str:
+    """Scale and bias in the form that the operator takes, or why there are none."""
+    shape, dtype = shapes.shape(found.x), shapes.dtype(found.x)
+    if shape is None or dtype is None or dtype.kind != "f":
+        return f"shape or type of {found.x.name!r} is not known"
+    axes = sorted(a % len(shape) for a in found.axes)
+    if axes != list(range(len(shape) - len(axes), len(shape))):
+        return f"the axes {list(found.axes)} are not the last ones"
+    normal = shape[len(shape) - len(axes) :]
+    if not all(isinstance(d, int) for d in normal):
+        return "the normalized dimensions are not fixed"
+    sizes = [int(d) for d in normal]  # type: ignore[arg-type]
+    written: list[gs.Tensor | None] = []
+    for constant in (found.scale, found.bias):
+        values = trailing(constant, sizes)
+        if constant is not None and (values is None or values.dtype != dtype):
+            return f"{constant.name!r} of shape {list(constant.shape)} does not follow the normalized axes"
+        written.append(constant if values is None or constant.values.shape == tuple(sizes) else edit.constant(constant.name, np.array(values)))  # type: ignore[union-attr]
+    if written[0] is None:
+        written[0] = edit.constant("ones", np.ones(sizes, dtype))
+    return written[0], written[1]
+
+
+def _write(found: Norm, operands: tuple[gs.Tensor, gs.Tensor | None], edit: Editor) -> None:
+    last = edit.producer(found.result)
+    assert last is not None
+    result = found.result
+    last.outputs.clear()
+    attributes = {"axis": -len(found.axes), "epsilon": float(np.float32(found.epsilon))}
+    tensors = [found.x, *(t for t in operands if t is not None)]
+    new = Node("LayerNormalization", f"{last.name}_norm", attributes, tensors, [result])
+    edit.insert_before(last, new, found.nodes)
+    edit.erase(last)

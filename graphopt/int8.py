@@ -328,7 +328,7 @@ class _Search:
         self._scores: dict[tuple[str, ...], Score] = {}
 
     def context(self) -> Context:
-        return Context(target=self.target, seed=self.seed, evaluate=evaluate_node, data=self.data)
+        return _context(self.target, self.data, self.seed)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -542,7 +542,7 @@ def _chained(node: gs.Node) -> bool:
 
 
 def _context(target: Target, data: Data, seed: int) -> Context:
-    return Context(target=target, seed=seed, evaluate=evaluate_node, data=data)
+    return Context(target=target, seed=seed, evaluate=evaluate_node, data=data, products_stay=True)
 
 
 def layer_sqnr(model: Model, step: Any, data: Data, ctx: Context) -> dict[str, float]:

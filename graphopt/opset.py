@@ -30,7 +30,9 @@ _MEANING: Final = {  # opset from which an operator of the same form means somet
     "Softmax": 13,
     "Upsample": 10,
 }
-_CHECKED: Final = frozenset({"AveragePool", "BatchNormalization", "Cast", "LogSoftmax", "MaxPool", "Softmax"})  # `_same`
+_CHECKED: Final = frozenset(
+    {"AveragePool", "BatchNormalization", "Cast", "LogSoftmax", "MaxPool", "Softmax"}
+)  # `_same`
 _AXES: Final = {  # operators whose attribute `axes` became an operand, and when
     **dict.fromkeys(("ReduceSum", "Squeeze", "Unsqueeze"), 13),
     **dict.fromkeys(
@@ -89,7 +91,11 @@ def _carries(node: Node, now: int, version: int, shapes: Shapes) -> bool:
     if node.op == "Split" and now < 13 <= version and "split" in node.attrs:
         return False
     for name, attribute in old.attributes.items():
-        if name in new.attributes and name not in node.attrs and attribute.default_value != new.attributes[name].default_value:
+        if (
+            name in new.attributes
+            and name not in node.attrs
+            and attribute.default_value != new.attributes[name].default_value
+        ):
             return node.op in _CHECKED
     shared = min(len(old.inputs), len(new.inputs))
     return len(new.inputs) >= len(old.inputs) and all(
@@ -103,13 +109,13 @@ def _same(node: Node, shapes: Shapes) -> bool:
     match node.op:
         case "Softmax" | "LogSoftmax":
             rank = shapes.rank(node.inputs[0])
-            return attrs.get("axis", 1) in (-1, None if rank is None else rank - 1)
+            return bool(attrs.get("axis", 1) in (-1, None if rank is None else rank - 1))
         case "BatchNormalization":
             return len([t for t in node.outputs if t.name]) == 1 and "training_mode" not in attrs
         case "AveragePool" | "MaxPool":
-            return not attrs.get("ceil_mode", 0)
+            return bool(attrs.get("ceil_mode", 0) == 0)
         case "Cast":
-            return int(attrs.get("to", 0)) <= onnx.TensorProto.BFLOAT16
+            return bool(int(attrs.get("to", 0)) <= onnx.TensorProto.BFLOAT16)
     return False
 
 

@@ -70,6 +70,7 @@ class Context:
     clock: Clock | None = None  # seconds of a run of each model where it will run; None: that cannot be measured here
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None  # of passes that take minutes
     facts: dict[str, Any] = field(default_factory=dict)  # by pass: what a report should hold, as JSON knows it
+    products_stay: bool = False  # whether products must stay apart, since what quantizes or prunes them is yet to come
 
     def analysis(self, kind: Callable[[Model], Analysis], model: Model) -> Analysis:
         """The analysis `kind` of `model`, computed at most once until a pass changes the model.

@@ -41,8 +41,13 @@ PRESETS: Final[dict[str, str]] = {
     # Constants into the weights beside them: each rounds once.
     "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
-    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-weights,share-initializers,eliminate-dead,infer-shapes",
-    "O3": "O2",
+    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-layer-norm{raise-opset=false},fuse-gelu{contrib=false},"
+    "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
+    # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
+    "fuse-for-target": "fuse-layer-norm,fuse-gelu,fuse-weights,fuse-attention,lower-gemm,"
+    "sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-skip-layer-norm,fuse-bias-gelu",
+    "O3": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-for-target,"
+    "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
 }
 _FIXPOINT_CAP: Final = 20  # rounds; a pipeline that still changes something then is reported, not trusted
@@ -242,7 +247,10 @@ class _Run:
             instrument.before_pipeline(self.model, pipeline, self.ctx)
         if self.recovery is not None:
             self.recovery.begin(self.model, pipeline, self.ctx)
-        for step in pipeline.steps:
+        asked = self.ctx.products_stay
+        for index, step in enumerate(pipeline.steps):
+            ahead = _flatten(pipeline.steps[index:])
+            self.ctx.products_stay = asked or any(p.exactness is Exactness.APPROXIMATE for p in ahead)
             self.step(step, 0)
         for instrument in self.instruments:
             instrument.after_pipeline(self.model, self.ctx)

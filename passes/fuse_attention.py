@@ -18,6 +18,7 @@ from graphopt.analyses import attention
 from graphopt.analyses.attention import Attention, Heads, Mask, Projection
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Dim, Expr
+from graphopt.analyses.views import Array
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node, Variable
 from graphopt.pass_base import CONTRIB, Context, Exactness, Pass
@@ -28,9 +29,9 @@ class FuseAttention(Pass):
     """Compute attention, its heads and its projections in one operator.
 
     Before:
-        g (float[B,S,2] x) => (float[B,S,2] y)
-        <float[2,6] w = {1,0,2,1,0,1, 0,1,1,0,2,1}, float[6] b = {1,2,3,4,5,6}, int64[5] split = {0,0,3,2,1}, float scale = {0.5},
-         int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[3] join = {0,0,2}>
+        g (float[B,S,2] x) => (float[B,S,4] y)
+        <float[2,12] w = {1,0,2,1,0,1,3,1,2,0,1,1, 0,1,1,0,2,1,1,0,2,1,0,2}, float[12] b = {1,2,3,4,5,6,6,5,4,3,2,1},
+         int64[5] split = {0,0,3,2,2}, float scale = {0.5}, int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[3] join = {0,0,4}>
         { p = MatMul (x, w)
           r = Add (p, b)
           h = Reshape (r, split)
@@ -46,8 +47,8 @@ class FuseAttention(Pass):
           c = Transpose <perm = [0,2,1,3]> (a)
           y = Reshape (c, join) }
     After:
-        g (float[B,S,2] x) => (float[B,S,2] y)
-        <float[2,6] w = {1,0,2,1,0,1, 0,1,1,0,2,1}, float[6] b = {1,2,3,4,5,6}>
+        g (float[B,S,2] x) => (float[B,S,4] y)
+        <float[2,12] w = {1,0,2,1,0,1,3,1,2,0,1,1, 0,1,1,0,2,1,1,0,2,1,0,2}, float[12] b = {1,2,3,4,5,6,6,5,4,3,2,1}>
         { y = com.microsoft.Attention <num_heads = 2, scale = 0.5> (x, w, b) }
     """
 
@@ -60,6 +61,9 @@ class FuseAttention(Pass):
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of attentions fused."""
         if not ctx.serves(self.serves, self.contrib):
+            return 0
+        if ctx.products_stay:
+            ctx.remark(None, "attention stays apart: passes that quantize or prune its products are yet to come")
             return 0
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
         writer = _Writer(model, shapes, edit)
@@ -106,9 +110,8 @@ def _widens(mask: Mask, found: Attention, shapes: Shapes) -> str | None:
     """Why the mask cannot be brought to [B or 1, H or 1, S, T], or None."""
     shape = shapes.shape(mask.tensor) or ()
     scores: list[Dim] = [found.q.batch, found.q.heads, found.q.length, found.k.length]
-    if found.rank == 3 and len(shape) == 3:
-        if shape[0] != 1:
-            return f"mask {mask.tensor.name!r} of shape {list(map(str, shape))} has batch and heads in one axis"
+    if found.rank == 3 and len(shape) == 3 and shape[0] != 1:
+        return f"mask {mask.tensor.name!r} of shape {list(map(str, shape))} has batch and heads in one axis"
     for dim, wanted in zip(reversed(shape), reversed(scores), strict=False):
         if dim not in (1, wanted) and not any(isinstance(d, Expr) and d.is_opaque for d in (dim, wanted)):
             return f"mask {mask.tensor.name!r} of shape {list(map(str, shape))} is not as long as the scores"
@@ -135,6 +138,7 @@ class _Writer:
         self.masks: dict[tuple[object, ...], gs.Tensor] = {}
         self.swapped: dict[int, gs.Tensor] = {}
         self.weights: dict[tuple[object, ...], list[gs.Tensor]] = {}
+        self.integers: dict[tuple[int, ...], gs.Tensor] = {}
 
     def plan(self, found: Attention) -> _Packed | None:
         """How to compute it: None for MultiHeadAttention."""
@@ -196,7 +200,9 @@ class _Writer:
 
     def packed(self, plan: _Packed) -> list[gs.Tensor]:
         """Weight [E, 3*H*D] and bias of queries, keys and values, in the order of the heads; made once for each set of weights."""
-        key = tuple((id(p.weight.base if p.weight.base is not None else p.weight), h.columns.tobytes()) for p, h in plan.parts)
+        key = tuple(
+            (id(p.weight.base if p.weight.base is not None else p.weight), h.columns.tobytes()) for p, h in plan.parts
+        )
         if key not in self.weights:
             weight = np.concatenate([p.weight[:, h.columns] for p, h in plan.parts], axis=1)
             rows = [
@@ -211,7 +217,7 @@ class _Writer:
             self.weights[key] = made
         return self.weights[key]
 
-    def same(self, old: gs.Tensor | None, values: np.ndarray) -> gs.Tensor:  # type: ignore[type-arg]
+    def same(self, old: gs.Tensor | None, values: Array) -> gs.Tensor:
         """A constant of these values: the old one where it holds them."""
         if old is not None and old.values.shape == values.shape and np.array_equal(old.values, values):
             return old
@@ -224,10 +230,15 @@ class _Writer:
         return result
 
     def reshape(self, tensor: gs.Tensor, shape: list[int]) -> gs.Tensor:
+        """A Reshape, 0 copying a dimension."""
         return self.add("Reshape", tensor.name, [tensor, self.numbers("shape", shape)], np.float32)
 
     def numbers(self, wish: str, values: Sequence[int]) -> gs.Tensor:
-        return self.edit.constant(wish, np.asarray(values, np.int64))
+        """A constant of integers, made once."""
+        key = tuple(map(int, values))
+        if key not in self.integers:
+            self.integers[key] = self.edit.constant(wish, np.asarray(values, np.int64))
+        return self.integers[key]
 
     def swap(self, tensor: gs.Tensor) -> gs.Tensor:
         """Batch and length exchanged."""
@@ -251,7 +262,7 @@ class _Writer:
         if np.array_equal(columns, np.arange(columns[0], columns[0] + len(columns))):
             bounds = [self.numbers(w, [v]) for w, v in (("start", columns[0]), ("end", columns[-1] + 1), ("axis", 2))]
             return self.add("Slice", tensor.name, [tensor, *bounds], np.float32)
-        return self.add("Gather", tensor.name, [tensor, self.numbers("columns", columns)], np.float32, axis=2)
+        return self.add("Gather", tensor.name, [tensor, self.numbers("columns", columns.tolist())], np.float32, axis=2)
 
     def bias(self, found: Attention) -> gs.Tensor | None:
         """What is added to the scores, as [B or 1, H or 1, S, T]."""
@@ -262,6 +273,7 @@ class _Writer:
         return total
 
     def mask(self, mask: Mask, found: Attention) -> gs.Tensor:
+        """One mask in form, made once for all attentions that add it."""
         lengths = (found.q.length, found.k.length)
         key = (id(mask.tensor), mask.fill, mask.keeps, found.q.heads, lengths, id(self.edit.graph_of(found.softmax)))
         if key not in self.masks:
@@ -270,7 +282,8 @@ class _Writer:
 
     def full(self, mask: Mask, found: Attention) -> gs.Tensor:
         """A mask as a sum, with four dimensions, the last two as long as the scores are."""
-        tensor, shape = mask.tensor, list(self.shapes.shape(mask.tensor) or ())
+        tensor = mask.tensor
+        shape: list[Dim] = list(self.shapes.shape(tensor) or ())
         if mask.fill is not None:
             choices = [np.zeros((), np.float32), np.asarray(mask.fill, np.float32)]
             operands = [self.edit.constant(w, v) for w, v in zip(("zero", "hidden"), choices, strict=True)]
@@ -282,7 +295,7 @@ class _Writer:
                 tensor = self.add("Unsqueeze", tensor.name, [tensor, self.numbers("axes", axes)], np.float32)
             else:
                 tensor = self.add("Unsqueeze", tensor.name, [tensor], np.float32, axes=axes)
-            shape = [1] * missing + shape
+            shape = [*[1] * missing, *shape]
         if shape[2] == found.q.length and shape[3] == found.k.length:
             return tensor
         ones = self.numbers("ones", [1, 1])
@@ -315,7 +328,8 @@ class _Writer:
             shape = [-1, width] if found.joined.rank == 2 else [0, 0, found.v.heads, found.v.size]
             result = self.reshape(result, shape)
         old, new = self.edit.producer(found.joined.tensor), self.edit.producer(result)
-        assert old is not None and new is not None
+        assert old is not None
+        assert new is not None
         old.outputs.clear()
         new.outputs[0] = found.joined.tensor
         self.edit.erase(old)

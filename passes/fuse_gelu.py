@@ -76,7 +76,11 @@ def _operator(
     if found.kind != "sigmoid" and opset >= _SINCE:
         return "Gelu", "", {} if found.kind == "erf" else {"approximate": "tanh"}
     if not contrib:
-        return f"opset {opset} has none" if found.kind != "sigmoid" else "x * sigmoid(a * x) is an operator of ONNX Runtime alone"
+        return (
+            f"opset {opset} has none"
+            if found.kind != "sigmoid"
+            else "x * sigmoid(a * x) is an operator of ONNX Runtime alone"
+        )
     if dtype != np.float32:
         return "ONNX Runtime's operator is for float32"
     if found.kind == "sigmoid":

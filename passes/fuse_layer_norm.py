@@ -53,7 +53,13 @@ class FuseLayerNorm(Pass):
         """One sweep; returns the number of normalizations fused."""
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
         allowed = ctx.may_raise(_SINCE, self.raise_opset)
-        obstacle = None if model.opset >= _SINCE else opset.obstacle(model, _SINCE, shapes) if allowed else f"opset {model.opset} has no LayerNormalization"
+        obstacle = (
+            None
+            if model.opset >= _SINCE
+            else opset.obstacle(model, _SINCE, shapes)
+            if allowed
+            else f"opset {model.opset} has no LayerNormalization"
+        )
         fused = 0
         for node in list(model.nodes()):
             found = normalization(node, edit)
@@ -86,16 +92,19 @@ def _operands(found: Norm, shapes: Shapes, edit: Editor) -> tuple[gs.Tensor, gs.
     normal = shape[len(shape) - len(axes) :]
     if not all(isinstance(d, int) for d in normal):
         return "the normalized dimensions are not fixed"
-    sizes = [int(d) for d in normal]  # type: ignore[arg-type]
+    sizes = tuple(d for d in normal if isinstance(d, int))
     written: list[gs.Tensor | None] = []
     for constant in (found.scale, found.bias):
         values = trailing(constant, sizes)
-        if constant is not None and (values is None or values.dtype != dtype):
+        if constant is None:
+            written.append(None)
+        elif values is None or values.dtype != dtype:
             return f"{constant.name!r} of shape {list(constant.shape)} does not follow the normalized axes"
-        written.append(constant if values is None or constant.values.shape == tuple(sizes) else edit.constant(constant.name, np.array(values)))  # type: ignore[union-attr]
-    if written[0] is None:
-        written[0] = edit.constant("ones", np.ones(sizes, dtype))
-    return written[0], written[1]
+        else:
+            same = constant.values.shape == sizes
+            written.append(constant if same else edit.constant(constant.name, np.array(values)))
+    scale, bias = written
+    return edit.constant("ones", np.ones(sizes, dtype)) if scale is None else scale, bias
 
 
 def _write(found: Norm, operands: tuple[gs.Tensor, gs.Tensor | None], edit: Editor) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from graphopt.analyses.idioms import members
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -45,11 +46,15 @@ class FuseMatmulScale(Pass):
         shapes = ctx.analysis(Shapes, model)
         edit = Editor(model)
         fused = 0
+        idioms = members(model, edit)
         for node in list(model.nodes()):
             found = _before(node, edit) or _behind(node, edit)
             if found is None:
                 continue
             product, scale, index = found
+            if id(scale) in idioms:
+                ctx.remark(scale, "it stays part of a normalization or a Gelu, which runtimes fuse")
+                continue
             before = product is node
             folded = _folded(product, scale, index, before, shapes, edit)
             if isinstance(folded, str):

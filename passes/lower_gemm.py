@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses.shapes import Shapes
-from graphopt.analyses.views import follow, trace, whole
+from graphopt.analyses.views import follow, trace
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
@@ -81,7 +81,7 @@ def _objection(node: Node, reshape: Node | None, shapes: Shapes, edit: Editor) -
         return f"bias {bias.name!r} is no constant row"
     before, after = trace(node.inputs[0], shapes, edit), follow(node.outputs[0], shapes, edit)
     if before is None or after is None or not before.nodes or before.nodes[-1].op != "Reshape":
-        return "its shape is not known"
+        return "the Reshape before it does not merge leading axes alone, or a shape is not known"
     source, target = shapes.shape(before.nodes[-1].inputs[0]), shapes.shape(reshape.outputs[0])
     if source is None or target is None or len(source) != len(target) or len(source) < 3:
         return "the Reshapes around it differ in rank"
@@ -109,7 +109,9 @@ def _rewrite(node: Node, reshape: Node, edit: Editor, shapes: Shapes, turned: di
         weight = turned[id(weight)]
     result = edit.variable(f"{node.name}_product")
     result.dtype = shapes.dtype(node.outputs[0])
-    last = edit.insert_before(reshape, Node("MatMul", node.name, {}, [merge.inputs[0], weight], [result]), (node, reshape))
+    last = edit.insert_before(
+        reshape, Node("MatMul", node.name, {}, [merge.inputs[0], weight], [result]), (node, reshape)
+    )
     if len(node.inputs) > 2 and node.inputs[2].name:
         total = edit.variable(f"{node.name}_sum")
         total.dtype = result.dtype

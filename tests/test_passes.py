@@ -23,17 +23,19 @@ from graphopt.instruments import FullCheck, Verify
 from graphopt.ir import Constant, Model
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.pipeline import Pipeline, Result
+from graphopt.target import Target
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(pass_modules())
 
 
-def run(text: str, model: Model) -> Result:
+def run(text: str, model: Model, target: str | None = None) -> Result:
+    ctx = Context(evaluate=evaluate_node, target=None if target is None else Target.parse(target))
     try:
         verify.full(model)
     except InvalidModel:  # the case is about a model that contradicts itself
-        return Pipeline.parse(text).run(model)
-    return Pipeline.parse(text).run(model, instruments=[Verify(), FullCheck()])
+        return Pipeline.parse(text).run(model, ctx)
+    return Pipeline.parse(text).run(model, ctx, [Verify(), FullCheck()])
 
 
 def same(left: Model, right: Model, types: bool) -> None:
@@ -72,7 +74,7 @@ def test_docstring_example_is_what_the_pass_does(name: str) -> None:
     example = find_pass(name).example()
     assert example is not None, f"{name} needs a Before: and an After: block in its docstring"
     before, after = map(ir.parse, example)
-    result = run(name, before)
+    result = run(name, before, next(iter(find_pass(name).serves), None))
     same(result.model, after, name == "infer-shapes")
     feeds = equivalence.generate_inputs(before.inputs)
     expected, found = Evaluator(before).run(feeds), Evaluator(result.model).run(feeds)

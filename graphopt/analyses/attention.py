@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses import symbolic
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Dim
-from graphopt.analyses.views import Atom, View, follow, positions, scalar, trace, whole
+from graphopt.analyses.views import Array, Atom, View, follow, positions, scalar, trace, whole
 from graphopt.edit import Editor
 from graphopt.ir import Node
 
@@ -29,7 +29,7 @@ class Heads:
 
     source: gs.Tensor  # [B, S, ...] or [S, B, ...]; what follows the first two is one row of features
     batch_first: bool
-    columns: np.ndarray  # type: ignore[type-arg]  # positions in a row, head by head
+    columns: Array  # positions in a row, head by head
     features: int  # length of a row
     heads: int
     size: int  # of a head
@@ -233,7 +233,9 @@ def _heads(view: View, order: str, rank: int, shapes: Shapes) -> Heads | str:
     if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
         return "the number of heads is not fixed"
     base = [whole(axis) for axis in view.base_axes[:last]]
-    total = symbolic.product(a for axis in view.base_axes[last:] for a in [symbolic.product(x.size for x in _all(axis))])
+    total = symbolic.product(
+        a for axis in view.base_axes[last:] for a in [symbolic.product(x.size for x in _all(axis))]
+    )
     found = _row_source(view, base, batch, length, last)
     if found is None or not isinstance(total, int):
         return f"{view.base.name!r} is not [batch, length, features]"
@@ -265,10 +267,14 @@ def _row_source(
         first, second = (batch, length) if batch_first else (length, batch)
         row = _ids(whole(view.base_axes[last]))
         for tensor, axes in view.steps:
-            parts = [[a for a in whole(axis)] for axis in axes]
-            if len(parts) >= 3 and _ids(parts[0]) == _ids(first) and _ids(parts[1]) == _ids(second):
-                if [i for p in parts[2:] for i in _ids(p)] == row:
-                    return tensor, batch_first
+            parts = [list(whole(axis)) for axis in axes]
+            outer = [_ids(p) for p in parts[:2]]
+            if (
+                len(parts) >= 3
+                and outer == [_ids(first), _ids(second)]
+                and [i for p in parts[2:] for i in _ids(p)] == row
+            ):
+                return tensor, batch_first
     return None
 
 
@@ -309,8 +315,8 @@ class Projection:
     """A value ``[.., F]`` that is ``source @ weight + bias``."""
 
     source: gs.Tensor  # [B, S, E] or [S, B, E]
-    weight: np.ndarray  # type: ignore[type-arg]  # [E, F]
-    bias: np.ndarray | None  # type: ignore[type-arg]  # [F]
+    weight: Array  # [E, F]
+    bias: Array | None  # [F]
     nodes: list[Node]
     bias_tensor: gs.Tensor | None = None  # that holds the bias
 
@@ -319,7 +325,9 @@ def projection(tensor: gs.Tensor, shapes: Shapes, edit: Editor) -> Projection | 
     """`tensor`, of three dimensions or more, as a product with a constant matrix; None where it is none."""
     nodes: list[Node] = []
     node = edit.producer(tensor)
-    while node is not None and node.op == "Reshape" and node.is_onnx:  # a row may have been split, or [B*S, F] be [B, S, F]
+    while (
+        node is not None and node.op == "Reshape" and node.is_onnx
+    ):  # a row may have been split, or [B*S, F] be [B, S, F]
         nodes.append(node)
         node = edit.producer(node.inputs[0])
     bias, held = None, None
@@ -344,7 +352,9 @@ def projection(tensor: gs.Tensor, shapes: Shapes, edit: Editor) -> Projection | 
         if len(node.inputs) > 2 and node.inputs[2].name:
             if bias is not None or not edit.is_fixed(node.inputs[2]):
                 return None
-            bias = np.broadcast_to(node.inputs[2].values, (weight.shape[1],)) if node.inputs[2].values.ndim < 2 else None
+            bias = (
+                np.broadcast_to(node.inputs[2].values, (weight.shape[1],)) if node.inputs[2].values.ndim < 2 else None
+            )
             if bias is None:
                 return None
         shape = edit.producer(source)

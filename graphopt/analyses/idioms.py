@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.views import scalar
+from graphopt.analyses.views import Array, scalar
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 
@@ -68,7 +68,9 @@ def closed(nodes: Sequence[Node], result: gs.Tensor, edit: Editor) -> bool:
     inside = {id(n) for n in nodes}
     graphs = {id(edit.graph_of(n)) for n in nodes}
     between = [t for n in nodes for t in n.outputs if t is not result]
-    return len(graphs) == 1 and not any(edit.is_output(t) or any(id(r) not in inside for r in t.outputs) for t in between)
+    return len(graphs) == 1 and not any(
+        edit.is_output(t) or any(id(r) not in inside for r in t.outputs) for t in between
+    )
 
 
 def _is(node: Node | None, *ops: str) -> bool:
@@ -106,7 +108,9 @@ def normalization(node: Node, edit: Editor) -> Norm | None:
         if mean is not None and _mean_axes(mean, edit) == axes and mean.inputs[0] is subtract.inputs[0]:
             x, mean_nodes = subtract.inputs[0], [mean, subtract]
     nodes = [*mean_nodes, square, node, shift, *parts]
-    whole = _scaled(centre, root, nodes, edit) or (_unfolded(x, mean_nodes[0], root, nodes, edit) if mean_nodes else None)
+    whole = _scaled(centre, root, nodes, edit) or (
+        _unfolded(x, mean_nodes[0], root, nodes, edit) if mean_nodes else None
+    )
     if whole is None:
         return None
     result, scale, bias = whole
@@ -143,12 +147,16 @@ def _inverse_root(shift: Node, edit: Editor) -> tuple[tuple[gs.Tensor, bool], li
             return None
         inverse = power == -0.5
     turned = edit.sole_consumer(root.outputs[0])
-    if not inverse and turned is not None:
-        if _is(turned, "Reciprocal") or (
-            _is(turned, "Div") and turned.inputs[1] is root.outputs[0] and scalar(turned.inputs[0], edit) == 1
-        ):
-            parts.append(turned)
-            inverse = True
+    if (
+        not inverse
+        and turned is not None
+        and (
+            _is(turned, "Reciprocal")
+            or (_is(turned, "Div") and turned.inputs[1] is root.outputs[0] and scalar(turned.inputs[0], edit) == 1)
+        )
+    ):
+        parts.append(turned)
+        inverse = True
     return (parts[-1].outputs[0], inverse), parts
 
 
@@ -160,7 +168,9 @@ def _scaled(
     apply = edit.sole_consumer(tensor)
     if apply is None or not _is(apply, "Mul" if inverse else "Div"):
         return None
-    if (_other(apply, tensor) if inverse else apply.inputs[0]) is not centre or (not inverse and apply.inputs[1] is not tensor):
+    if (_other(apply, tensor) if inverse else apply.inputs[0]) is not centre or (
+        not inverse and apply.inputs[1] is not tensor
+    ):
         return None
     nodes.append(apply)
     result, scale, bias = apply.outputs[0], None, None
@@ -196,7 +206,12 @@ def _unfolded(
     if big is None or small is None:
         return None
     rest = edit.sole_consumer(small.outputs[0])
-    if rest is None or not _is(rest, "Sub") or rest.inputs[1] is not small.outputs[0] or not edit.is_fixed(rest.inputs[0]):
+    if (
+        rest is None
+        or not _is(rest, "Sub")
+        or rest.inputs[1] is not small.outputs[0]
+        or not edit.is_fixed(rest.inputs[0])
+    ):
         return None
     total = edit.sole_consumer(rest.outputs[0])
     if total is None or not _is(total, "Add") or _other(total, rest.outputs[0]) is not big.outputs[0]:
@@ -242,7 +257,11 @@ def gated(node: Node, edit: Editor) -> Activation | None:
                 continue
             found = Activation("mish", x, result, (soft, node, *nodes))
         elif node.op == "HardSigmoid":
-            if node.inputs[0] is not x or not close(node.attrs.get("alpha", 0.2), 1 / 6) or node.attrs.get("beta", 0.5) != 0.5:
+            if (
+                node.inputs[0] is not x
+                or not close(node.attrs.get("alpha", 0.2), 1 / 6)
+                or node.attrs.get("beta", 0.5) != 0.5
+            ):
                 continue
             found = Activation("hardswish", x, result, (node, *nodes))
         else:
@@ -332,7 +351,7 @@ def _multiply(left: dict[int, float], right: dict[int, float]) -> dict[int, floa
     return result
 
 
-def trailing(constant: gs.Tensor | None, shape: Sequence[int]) -> np.ndarray | None:  # type: ignore[type-arg]
+def trailing(constant: gs.Tensor | None, shape: Sequence[int]) -> Array | None:
     """A constant as an array of exactly `shape`, where broadcasting it to values that end in `shape` varies along these axes alone."""
     if constant is None:
         return None

@@ -676,7 +676,15 @@ CONTRIB_RULES: Final[dict[str, Handler]] = {
     "Attention": _attention,
     "MultiHeadAttention": _multi_head_attention,
     **dict.fromkeys(
-        ("BiasGelu", "FastGelu", "Gelu", "QuickGelu", "RotaryEmbedding", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+        (
+            "BiasGelu",
+            "FastGelu",
+            "Gelu",
+            "QuickGelu",
+            "RotaryEmbedding",
+            "SkipLayerNormalization",
+            "SkipSimplifiedLayerNormalization",
+        ),
         _as_first,
     ),
 }

@@ -21,7 +21,17 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import symbolic
-from graphopt.analyses.shape_rules import CONTRIB_RULES, MAX_VALUES, SHAPE_RULES, UNKNOWN, VALUE_RULES, Call, Info, Shape, Values
+from graphopt.analyses.shape_rules import (
+    CONTRIB_RULES,
+    MAX_VALUES,
+    SHAPE_RULES,
+    UNKNOWN,
+    VALUE_RULES,
+    Call,
+    Info,
+    Shape,
+    Values,
+)
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.ir import Constant, Graph, Model, Node, numpy_dtype, onnx_dtype, subgraphs
 

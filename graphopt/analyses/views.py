@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,6 +22,8 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.edit import Editor
 from graphopt.ir import Node
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(eq=False)
@@ -60,27 +63,23 @@ def whole(atoms: Sequence[Atom]) -> list[Atom]:
     return [a for a in _leaves(atoms) if a.size != 1]
 
 
-def positions(axis: Sequence[Atom], order: Sequence[Atom]) -> np.ndarray | None:  # type: ignore[type-arg]
+def positions(axis: Sequence[Atom], order: Sequence[Atom]) -> Array | None:
     """Where on a base axis the elements lie that are shown in the order of `order`; None where a size is symbolic or an atom of `order` is not
     of that axis."""
     leaves = _leaves(axis)
-    sizes = [a.size for a in leaves]
-    if not all(isinstance(s, int) for s in sizes):
+    sizes = [a.size for a in leaves if isinstance(a.size, int)]
+    if len(sizes) != len(leaves):
         return None
-    numbers = np.arange(math.prod(int(s) for s in sizes)).reshape([int(s) for s in sizes])  # type: ignore[arg-type]
-    free = []
-    for place in range(len(leaves) - 1, -1, -1):
-        index = leaves[place].index
-        if index is not None:
-            numbers = numbers.take(index, axis=place)
-        else:
-            free.insert(0, leaves[place])
+    numbers: Array = np.arange(math.prod(sizes)).reshape(sizes)
+    numbers = numbers[tuple(slice(None) if a.index is None else a.index for a in leaves)]
+    shown = [a for a in leaves if a.index is None]
+    kept = [a for a in shown if a.size != 1]
     wanted = [a for a in order if a.size != 1]
-    kept = [a for a in free if a.size != 1]
     if {id(a) for a in wanted} != {id(a) for a in kept}:
         return None
-    numbers = numbers.reshape([int(a.size) for a in kept])  # type: ignore[arg-type]
-    return numbers.transpose([next(i for i, k in enumerate(kept) if k is a) for a in wanted]).reshape(-1)
+    numbers = numbers.reshape([size for size in numbers.shape if size != 1])
+    place = {id(a): index for index, a in enumerate(kept)}
+    return numbers.transpose([place[id(a)] for a in wanted]).reshape(-1)
 
 
 def trace(tensor: gs.Tensor, shapes: Shapes, edit: Editor, *, scaled: bool = False) -> View | None:
@@ -289,9 +288,11 @@ def _section(view: View, axis: int, at: int, count: int) -> list[list[Atom]] | N
     if count == 1:
         return view.axes
     atoms = [a for a in _leaves(view.axes[axis]) if a.index is None and a.size != 1]
-    if not atoms or not isinstance(atoms[0].size, int) or atoms[0].size % count:
+    if not atoms:
         return None
     first = atoms[0]
+    if not isinstance(first.size, int) or first.size % count:
+        return None
     if first.size != count:
         first.parts = (Atom(count), Atom(first.size // count))
         chosen, rest = first.parts[0], [first.parts[1], *atoms[1:]]

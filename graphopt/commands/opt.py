@@ -44,6 +44,10 @@ def opt(
     ],
     passes: PipelineText = None,
     level: Level = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="TARGET", help="What to fuse for at -O3, as ort:cpu; default: portable."),
+    ] = None,
     text: Annotated[bool, typer.Option("--text", help="With -o -: ONNX text instead of protobuf.")] = False,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Weights into FILE.data beside the model.")
@@ -83,6 +87,7 @@ def opt(
     from graphopt.evaluate import seconds as clock
     from graphopt.pass_base import Context
     from graphopt.recovery import Recovery
+    from graphopt.target import Target
 
     if text and output != "-":
         raise UsageError("--text goes with -o -; a file gets ONNX text by its name: -o FILE.onnxtxt")
@@ -91,6 +96,7 @@ def opt(
     for place in (output, report, reproducer):
         check_place(place)
     pipeline = parse_pipeline(passes, level, "default")
+    aim = None if target is None else Target.parse(target)
     ranges = parse_ranges(shape)
     loaded = load(model)
     verify.cycles(loaded)
@@ -115,7 +121,7 @@ def opt(
     recovery = None
     if continue_without_failing:
         recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
-    ctx = Context(seed=seed, evaluate=evaluate_node, data=samples, clock=clock)
+    ctx = Context(target=aim, seed=seed, evaluate=evaluate_node, data=samples, clock=clock)
     with stages("opt") as ctx.progress:
         result = pipeline.run(loaded, ctx, stack, recovery)
     if origins:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from graphopt.errors import BackendUnavailable, InternalError, ShapeError, Unsup
 from graphopt.evaluate import evaluate_node, seconds
 from graphopt.instruments import Census, Statistics, Verify, census
 from graphopt.ir import Model, TensorSpec
-from graphopt.pass_base import Context, Exactness
+from graphopt.pass_base import Context
 from graphopt.pipeline import Instrument, Pipeline, Result
 from graphopt.recovery import Dropped, Recovery
 from graphopt.target import Target
@@ -240,7 +241,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     for told in result.remarks:  # what passes say of the whole model, and of no node in it
         if not told.node and str(told) not in left_out:
             request.say(f"{target}: {told}")
-    changed = verify.interface(request.model, result.model)
+    changed = verify.interface(request.model, result.model, any(p.retypes for p in pipeline.passes))
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")
     proof = _prove(request, target, result, pipeline)
@@ -269,10 +270,12 @@ def _recovery(request: Request, target: Target, aloud: bool = True) -> Recovery:
 
 def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline) -> dict[str, Any]:
     """Compare the optimized model with the original, both as written."""
-    loose = {p.pass_name(): p.exactness for p in pipeline.passes if p.exactness is not Exactness.EXACT}
-    rewrites = sum(s.rewrites for s in result.steps if s.pass_name in loose)
-    exactness = pipeline.exactness if rewrites else Exactness.EXACT
-    allowed = equivalence.tolerance(exactness, rewrites, equivalence.float_types(request.model))
+    counts = Counter[str]()
+    for step in result.steps:
+        counts[step.pass_name] += step.rewrites
+    allowed = equivalence.Bound.of(
+        {p: counts[p.pass_name()] for p in pipeline.passes}, equivalence.float_types(request.model)
+    )
     feeds, shapes = request.feeds, request.options.shapes
     if feeds is None and _values(request.model, shapes):
         feeds = list(samples(request.model, request.seed, shapes))
@@ -284,10 +287,12 @@ def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline)
         request.say(f"{target}: the numbers are not proven: {error}")
         return {"unproven": str(error)}
     report.require("the optimized model computes something else")
+    if report.doubt is not None:
+        request.say(f"{target}: {report.doubt}")
     return {
         "max_abs": _finite(max((d.max_abs for d in report.differences), default=0.0)),
         "relative": _finite(max((d.relative for d in report.differences), default=0.0)),
-        "tolerance": _finite(allowed),
+        "tolerance": _finite(report.tolerance),
         "samples": report.samples,
         "evaluator": report.engine,
     }
@@ -329,8 +334,8 @@ def _manifest(request: Request, built: Sequence[_Built], folder: Path) -> dict[s
             "ir_version": model.ir_version,
             "opsets": dict(sorted(model.opsets.items())),
         },
-        "inputs": [_spec(s) for s in model.inputs],
-        "outputs": [_spec(s) for s in model.outputs],
+        "inputs": [_spec(s) for s in built[0].result.model.inputs],
+        "outputs": [_spec(s) for s in built[0].result.model.outputs],
         "pipeline": str(request.pipeline),
         "variants": [_entry(request, b, folder) for b in built],
         "fallbacks": request.fallbacks,

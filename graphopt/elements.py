@@ -120,6 +120,39 @@ class SparseStoredValues(StoredValues):
         return StoredValues(self.sparse.values).nbytes + StoredValues(self.sparse.indices).nbytes
 
 
+class CastValues(StoredValues):
+    """The values of a floating-point constant in another floating-point type: rounded each time they are asked for, held nowhere."""
+
+    def __init__(self, source: Constant, dtype: np.dtype[Any], bound: float | None = None) -> None:
+        """Finite values are clipped to `bound` (in magnitude, None: not at all) before they are rounded; infinities stay."""
+        self._source, self._bound = source, bound
+        super().__init__(onnx.TensorProto(data_type=onnx_dtype(dtype), dims=source.shape))
+
+    @property
+    def raw(self) -> Buffer | None:
+        """The rounded values as bytes."""
+        return self.load().reshape(-1).view(np.uint8).data
+
+    @raw.setter
+    def raw(self, value: Buffer | None) -> None:
+        """There is nothing to keep."""
+
+    def load(self) -> Array:
+        """Round the values to nearest, ties to even, into a read-only array."""
+        values = self._source.values
+        if self._bound is not None:
+            values = np.where(np.isinf(values), values, np.clip(values, -self._bound, self._bound))
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = np.ascontiguousarray(values.astype(self.dtype)).reshape(self.shape)
+        array.flags.writeable = False
+        return array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rounded values."""
+        return stored_bytes(self.dtype, self.shape)
+
+
 def decode(raw: bytes) -> str | bytes:
     """The text of an ONNX string; the bytes themselves where they are no UTF-8."""
     try:

@@ -8,10 +8,12 @@ Tolerances by class of rewrite (`Exactness`), relative to the largest finite mag
 * B, re-association: each rewrite rounds its folded weights once (relative error u = 2^-24 in float32); the errors of n
   independent rewrites add like sqrt(n), and a layer amplifies them by its condition, for which 64 is allowed:
   ``64 * eps * sqrt(1 + n)``.
-* C, approximate: no bound here; the metric judges.
+* C, approximate: no bound here; the metric judges. But a pass that does nothing but round to a half type says so (`Pass.rounding`): each of
+  its n operators rounds operands and results by up to u = eps / 2 of that type, which adds like sqrt(n), and 8 is allowed for the condition of a
+  layer: ``4 * eps * sqrt(1 + n)``. More than that is told, not refused; refused is a NaN or an infinity that was none before.
 
-A model may have less than that to give: where class B is exceeded, the reference is run again with its inputs moved by one unit in the last
-place, and a difference of up to 4 times what that does is its own noise, not the rewrite's.
+A model may have less than that to give: where a bound is exceeded, the reference is run again with its inputs moved by one unit in the last
+place (of the half type, where one is rounded to), and a difference of up to 4 times what that does is its own noise, not the rewrite's.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ import ml_dtypes
 import numpy as np
 
 from graphopt.backend import ShapeRange
+from graphopt.emulation import in_float32
 from graphopt.errors import NotEquivalent, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import Arrays, Evaluator
 from graphopt.ir import Model, Node, TensorSpec, dtype_name
-from graphopt.pass_base import Exactness
+from graphopt.pass_base import Exactness, Pass
 
 _DEFAULT_DIM: Final = 2  # a dynamic dimension nobody described; 1 would hide broadcasting mistakes
 _RANDOM: Final = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
 )
 _CONDITION: Final = 64
+_ROUNDING: Final = 4  # of eps; 8 for a layer's condition, and a rounding errs by half of eps
 _AMPLIFICATION: Final = 4  # a rewrite rounds in every layer, a nudge of the inputs only before the first
 
 
@@ -62,6 +66,7 @@ class Report:
     tolerance: float  # relative
     samples: int
     engine: str
+    rounding: str | None = None  # the half type that the candidate rounds to: the tolerance is then no law
 
     @property
     def equal(self) -> bool:
@@ -74,13 +79,51 @@ class Report:
         return max(self.differences, key=lambda d: (not d.keeps(self.tolerance), d.relative), default=None)
 
     def require(self, what: str) -> None:
-        """Raise NotEquivalent, naming the worst output, unless `equal`."""
+        """Raise NotEquivalent, naming the worst output, unless `equal`; for a model rounded to half only where numbers were lost."""
         worst = self.worst
-        if worst is not None and not self.equal:
+        if worst is not None and not self.equal and (self.rounding is None or math.isinf(worst.max_abs)):
             raise NotEquivalent(
                 f"{what}: output {worst.name!r} differs by {worst.max_abs:.3g} ({worst.relative:.3g} relative, "
                 f"{self.tolerance:.3g} allowed){f': {worst.note}' if worst.note else ''}"
+                f"{_OVERFLOW.format(self.rounding) if self.rounding else ''}"
             )
+
+    @property
+    def doubt(self) -> str | None:
+        """What to say of a model rounded to half that differs by more than its roundings explain."""
+        worst = self.worst
+        if worst is None or self.rounding is None or self.equal:
+            return None
+        return (
+            f"output {worst.name!r} differs by {worst.max_abs:.3g} ({worst.relative:.3g} relative), more than roundings to "
+            f"{self.rounding} explain ({self.tolerance:.3g}): judge it by your metric, or keep nodes in float32"
+        )
+
+
+_OVERFLOW: Final = "; something overflows {}: give --data, and what it drives out of range stays float32, or cast-float{{{{keep=[...]}}}}, or bfloat16"
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a comparison allows, from the passes that did something."""
+
+    tolerance: float  # relative
+    rounding: str | None = None
+    retyped: bool = False  # inputs and outputs may be of another floating-point type than before
+
+    @classmethod
+    def of(cls, rewrites: Mapping[Pass, int], dtypes: Sequence[str]) -> Bound:
+        """The bound for passes that did so many rewrites to a model that computes in `dtypes`."""
+        fired = {step: count for step, count in rewrites.items() if count}
+        loose = {p: n for p, n in fired.items() if p.exactness is not Exactness.EXACT}
+        rounding = {p: n for p, n in loose.items() if p.rounding is not None}
+        exact = max((p.exactness for p in loose if p not in rounding), key=lambda e: e.value, default=Exactness.EXACT)
+        allowed = tolerance(exact, sum(n for p, n in loose.items() if p not in rounding), dtypes)
+        for step, count in rounding.items():
+            allowed += _ROUNDING * float(_finfo(_dtype(str(step.rounding))).eps) * math.sqrt(1 + count)
+        names = {str(step.rounding) for step in rounding} if exact is not Exactness.APPROXIMATE else set()
+        coarsest = max(names, key=lambda name: float(_finfo(_dtype(name)).eps), default=None)
+        return cls(allowed, coarsest, any(step.retypes for step in fired))
 
 
 def tolerance(exactness: Exactness, rewrites: int, dtypes: Sequence[str]) -> float:
@@ -104,6 +147,10 @@ def float_types(model: Model) -> list[str]:
 
 def _is_float(name: str) -> bool:
     return name.startswith(("float", "bfloat"))
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(ml_dtypes, name, name))
 
 
 def _finfo(dtype: np.dtype[Any]) -> Any:
@@ -145,7 +192,7 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int
         return np.asarray(rng.choice(np.array(["a", "bc", ""], object), shape), object)
     if name == "bool":
         return rng.integers(0, 2, shape).astype(bool)
-    dtype = np.dtype(getattr(ml_dtypes, name, name))
+    dtype = _dtype(name)
     if _is_float(name):
         return rng.standard_normal(shape).astype(dtype)
     if name.startswith("complex"):
@@ -275,7 +322,7 @@ def compare(
     candidate: Model,
     *,
     feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
-    allowed: float = 0.0,
+    allowed: float | Bound = 0.0,
     seed: int = 0,
     shapes: Mapping[str, ShapeRange] | None = None,
 ) -> Report:
@@ -285,7 +332,8 @@ def compare(
         reference: the original; its outputs set the scale.
         candidate: the rewritten model; needs the same input and output names.
         feeds: samples; None generates two, with different dynamic dimensions.
-        allowed: relative tolerance.
+        allowed: relative tolerance; a Bound says more, as that the candidate rounds to bfloat16, which is then emulated in float32, or takes
+            and gives other floating-point types.
         seed: of the generated inputs.
         shapes: shapes of the generated inputs.
 
@@ -333,8 +381,10 @@ class Reference:
             self._runs[engine] = evaluator, found
         return self._runs[engine]
 
-    def compare(self, candidate: Model, allowed: float = 0.0) -> Report:
-        """Run `candidate` on the same samples; `allowed` is the relative tolerance. Raises as `equivalence.compare` does."""
+    def compare(self, candidate: Model, allowed: float | Bound = 0.0) -> Report:
+        """Run `candidate` on the same samples; `allowed` is the relative tolerance, or a Bound. Raises as `equivalence.compare` does."""
+        bound = allowed if isinstance(allowed, Bound) else Bound(allowed)
+        allowed = bound.tolerance
         for kind, a, b in (
             ("inputs", self.model.inputs, candidate.inputs),
             ("outputs", self.model.outputs, candidate.outputs),
@@ -343,6 +393,9 @@ class Reference:
                 raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
         candidate = seeded(candidate)
         first, expected = self._expected("onnxruntime")
+        if bound.rounding == "bfloat16":
+            candidate = in_float32(candidate, _dtype("bfloat16"))
+        types = {s.name: _dtype(s.dtype) for s in candidate.inputs if bound.retyped and s.dtype and _is_float(s.dtype)}
         try:
             second = Evaluator(candidate)
         except UnsupportedModel as error:
@@ -353,17 +406,21 @@ class Reference:
         worst: dict[str, Difference] = {}
         for sample, outputs in expected:
             try:
-                found = second.run(sample)
+                found = second.run({n: a.astype(types[n]) if n in types else a for n, a in sample.items()})
             except UnsupportedModel as error:
                 raise NotEquivalent(f"the original runs on this sample, the candidate does not: {error}") from None
             for name, value in outputs.items():
-                gap = difference(name, value, found[name])
+                result = found[name]
+                if bound.retyped and isinstance(value, np.ndarray) and _is_float(dtype_name(value.dtype)):
+                    result = np.asarray(result).astype(value.dtype)
+                gap = difference(name, value, result)
                 if gap.relative > allowed > 0 and math.isfinite(gap.max_abs):
-                    gap = replace(gap, sensitivity=sensitivity(first.run, sample, outputs, self._seed)[name])
+                    moved = sensitivity(first.run, sample, outputs, self._seed, rounding=bound.rounding)
+                    gap = replace(gap, sensitivity=moved[name])
                 known = worst.get(name)
                 if known is None or (not gap.keeps(allowed), gap.relative) > (not known.keeps(allowed), known.relative):
                     worst[name] = gap
-        return Report(tuple(worst.values()), allowed, len(expected), first.engine)
+        return Report(tuple(worst.values()), allowed, len(expected), first.engine, bound.rounding)
 
 
 def sensitivity(
@@ -372,8 +429,10 @@ def sensitivity(
     expected: Arrays,
     seed: int,
     draws: int = 3,
+    rounding: str | None = None,
 ) -> dict[str, float]:
-    """The largest change of each output when every floating-point input moves by up to one unit in its last place.
+    """The largest change of each output when every floating-point input moves by up to one unit in its last place, or in that of
+    the type `rounding`.
 
     A model that turns a rounding of its inputs into such a change has no more digits to compare: a sigmoid far in its tail, say,
     whose kernel rounds against 1. Integer inputs cannot be moved, and give 0.
@@ -385,6 +444,10 @@ def sensitivity(
         nudged = dict(sample)
         for name in floats:
             array = sample[name]
+            if rounding is not None:
+                step = np.where(rng.random(array.shape) < 0.5, 1, -1) * float(_finfo(_dtype(rounding)).eps)
+                nudged[name] = (array * (1 + step)).astype(array.dtype)
+                continue
             towards = np.where(rng.random(array.shape) < 0.5, np.inf, -np.inf).astype(array.dtype)
             nudged[name] = np.where(np.isfinite(array), np.nextafter(array, towards), array)
         for name, value in run(nudged).items():

@@ -24,7 +24,7 @@ from graphopt import equivalence, verify
 from graphopt.backend import ShapeRange
 from graphopt.errors import GraphoptError, NotEquivalent, PassError, UnsupportedModel, VerifyError
 from graphopt.ir import Model, dtype_name, save
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Pass
 from graphopt.pipeline import Pipeline, step_text
 
 
@@ -59,9 +59,8 @@ class Verify(_Silent):
         if not rewrites:
             return
         faults = verify.structure(model)
-        for kind, old, new in (("inputs", self._inputs, model.inputs), ("outputs", self._outputs, model.outputs)):
-            if old != new:
-                faults.append(f"{kind} changed from {', '.join(map(str, old))} to {', '.join(map(str, new))}")
+        faults += verify.contract(self._inputs, self._outputs, model, step.retypes)
+        self._inputs, self._outputs = model.inputs, model.outputs
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             raise VerifyError(f"{step.pass_name()} left an invalid model: {faults[0]}{more}")
@@ -98,17 +97,14 @@ class Compare(_Silent):
         """Keep the original; its constants are shared, so it costs no weights."""
         self._types = equivalence.float_types(model)
         self._reference = equivalence.Reference(model.clone(), feeds=self.feeds, seed=self.seed, shapes=self.shapes)
-        self._rewrites = 0
-        self._exactness = Exactness.EXACT
+        self._rewrites: Counter[Pass] = Counter()
 
     def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
         """Raise PassError when the numbers moved further than the class of the passes allows."""
         if not rewrites or self.unproven:
             return
-        if step.exactness.value > self._exactness.value:
-            self._exactness = step.exactness
-        self._rewrites += rewrites if step.exactness is not Exactness.EXACT else 0
-        allowed = equivalence.tolerance(self._exactness, self._rewrites, self._types)
+        self._rewrites[step] += rewrites
+        allowed = equivalence.Bound.of(self._rewrites, self._types)
         try:
             report = self._reference.compare(model, allowed)
             self.reports.append((step.pass_name(), report))

@@ -123,6 +123,16 @@ class Pass:
     serves: ClassVar[tuple[str, ...]] = ()  # targets that it is made for, by `Target.family`; (): every one
     ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
 
+    @property
+    def rounding(self) -> str | None:
+        """The type to which an approximate pass rounds, where that is all that it does to the numbers; the proof then has a bound."""
+        return None
+
+    @property
+    def retypes(self) -> bool:
+        """Whether inputs and outputs of the model may change from one floating-point type to another."""
+        return False
+
     def run(self, model: Model, ctx: Context) -> int:
         """Rewrite `model` in place; returns the number of rewrites."""
         raise NotImplementedError(f"{type(self).__name__} does not implement run")

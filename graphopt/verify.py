@@ -6,6 +6,7 @@ import difflib
 import tempfile
 from collections import ChainMap, Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,6 +20,7 @@ from graphopt.reading import Scope, domain_of, nodes_of
 from graphopt.writing import homeless
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
+_FLOATS = ("float16", "bfloat16", "float32")
 _NEWEST = (1 << 31) - 1  # of any opset: more, which a damaged file may state, onnx does not take
 
 
@@ -219,12 +221,26 @@ def full(model: Model) -> None:
         raise InvalidModel(f"onnx.checker: {' '.join(lines)[:400]}") from None
 
 
-def interface(before: Model, after: Model) -> list[str]:
-    """Differences in the contract with callers: names, order, dtypes and shapes of inputs and outputs."""
+def interface(before: Model, after: Model, retyped: bool = False) -> list[str]:
+    """Differences between two models in the `contract` with callers."""
+    return contract(before.inputs, before.outputs, after, retyped)
+
+
+def contract(
+    inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], after: Model, retyped: bool = False
+) -> list[str]:
+    """Differences in the contract with callers: names, order, dtypes and shapes of inputs and outputs.
+
+    With `retyped`, one floating-point type is as good as another.
+    """
+
+    def seen(spec: TensorSpec) -> TensorSpec:
+        return replace(spec, dtype="float") if retyped and spec.dtype in _FLOATS else spec
 
     def differences(kind: str, old: tuple[TensorSpec, ...], new: tuple[TensorSpec, ...]) -> list[str]:
         if [s.name for s in old] != [s.name for s in new]:
             return [f"{kind}s changed from {[s.name for s in old]} to {[s.name for s in new]}"]
-        return [f"{kind} {a.name!r} changed from {a} to {b}" for a, b in zip(old, new, strict=True) if a != b]
+        pairs = zip(old, new, strict=True)
+        return [f"{kind} {a.name!r} changed from {a} to {b}" for a, b in pairs if seen(a) != seen(b)]
 
-    return differences("input", before.inputs, after.inputs) + differences("output", before.outputs, after.outputs)
+    return differences("input", inputs, after.inputs) + differences("output", outputs, after.outputs)

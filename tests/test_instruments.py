@@ -108,8 +108,8 @@ def test_a_failure_is_told_to_all_and_ends_the_pipeline() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("interface", r"outputs changed from float32\[2\] y to float32\[3\] y"),
-        ("input", "inputs changed"),
+        ("interface", r"output .y. changed from float32\[2\] y to float32\[3\] y"),
+        ("input", "input .x. changed from float32"),
         ("dangling", "reads 'ghost' before it is defined"),
     ],
 )

@@ -255,3 +255,17 @@ def calibrate(
         done[group] = done.get(group, 0) + 1
         progress(done[group], data.count)
     return found
+
+
+def largest(model: Model, names: Sequence[str], data: Data, *, limit: int | None = None) -> dict[str, float]:
+    """The largest finite magnitude of tensors of the root graph on the samples, by name; 0 where there is none.
+
+    Raises:
+        UnsupportedModel: ONNX Runtime cannot run the model.
+    """
+    found = dict.fromkeys(names, 0.0)
+    for _, values in runs(model, names, data, limit=limit) if names else ():
+        for name, array in values.items():
+            sizes = np.abs(array[np.isfinite(array)])
+            found[name] = max(found[name], float(sizes.max(initial=0.0)))
+    return found

@@ -116,12 +116,17 @@ class Shapes:
             dims.append(self.opaque() if known is None else known)
         return Info(tensor.dtype, tuple(dims))
 
-    def _graph(self, graph: Graph, trusted: bool) -> None:
-        for tensor in graph.inputs:
-            self._set(tensor, self._declared(tensor, trusted))
+    def _graph(self, graph: Graph, trusted: bool, fed: Sequence[gs.Tensor] = ()) -> None:
+        """`fed` are the operands that a Loop or Scan hands to the last inputs of its body, whose types may be left open."""
+        for tensor, source in zip(graph.inputs, [None] * (len(graph.inputs) - len(fed)) + [*fed], strict=False):
+            info = self._declared(tensor, trusted)
+            if info.dtype is None and source is not None and getattr(tensor, "type", None) in (None, "tensor_type"):
+                info = Info(self.info(source).dtype, info.shape)
+            self._set(tensor, info)
         for node in graph.nodes:
+            fed = node.inputs[2:] if node.op == "Loop" else node.inputs if node.op == "Scan" and self.opset >= 9 else ()
             for body in subgraphs(node):
-                self._graph(body, trusted=False)
+                self._graph(body, trusted=False, fed=fed)
             try:
                 infos = self._node(node)
             except (ArithmeticError, ValueError, IndexError, TypeError, KeyError, OverflowError):
@@ -145,6 +150,8 @@ class Shapes:
             return None
         if node.op == "If":
             return self._if(node)
+        if node.op == "Loop" or (node.op == "Scan" and self.opset >= 9):
+            return self._loop(node)
         if subgraphs(node):
             return None
         infos = self._by_onnx(node)
@@ -171,6 +178,14 @@ class Shapes:
         branches = [[self.info(t) for t in body.outputs] for body in subgraphs(node)]
         return [self._join(options) for options in zip(*branches, strict=True)]
 
+    def _loop(self, node: Node) -> list[Info]:
+        """Dtypes of what the body returns (a Loop's first output is its condition); shapes as far as they are declared."""
+        (body,) = subgraphs(node)
+        returned = body.outputs[1:] if node.op == "Loop" else body.outputs
+        known = [self._last_resort(t) for t in node.outputs]
+        dtypes = (i.dtype if i.dtype is not None else self.info(t).dtype for i, t in zip(known, returned, strict=False))
+        return [Info(dtype, info.shape) for info, dtype in zip(known, dtypes, strict=False)]
+
     def _join(self, options: Sequence[Info]) -> Info:
         first = options[0]
         if any(o.dtype != first.dtype for o in options):
@@ -189,6 +204,19 @@ class Shapes:
         Some models feed an operator what it must not take, hidden behind an If; runtimes accept that until they can see it.
         """
         return self._infer(node, {}) is not None and self._infer(node, instead) is None
+
+    def dtypes_if(self, node: Node, instead: Mapping[int, np.dtype[Any]]) -> list[np.dtype[Any] | None] | None:
+        """The dtypes of its outputs when operands, by id, have the dtypes `instead`, as onnx infers them (None: does not say).
+
+        None altogether where onnx finds fault: with a dtype that the operator does not admit, above all.
+        """
+        given = {
+            key: Info(dtype, self.info(t).shape)
+            for t in node.inputs
+            if (dtype := instead.get(key := id(t))) is not None
+        }
+        found = self._infer(node, given)
+        return None if found is None else [info.dtype for info in found]
 
     def _by_onnx(self, node: Node) -> list[Info]:
         """What onnx infers for this node alone."""

@@ -14,7 +14,7 @@ import numpy as np
 
 import graphopt
 from graphopt import bundle as bundles
-from graphopt import equivalence, int8, ir, measure, verify
+from graphopt import equivalence, int8, ir, measure, page, verify
 from graphopt.backend import (
     Arrays,
     Artifact,
@@ -31,7 +31,7 @@ from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import evaluate_node, seconds
-from graphopt.instruments import Census, Statistics, Verify, census
+from graphopt.instruments import Census, PassTime, Statistics, Timing, Verify, census
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context
 from graphopt.pipeline import Instrument, Pipeline, Result
@@ -59,6 +59,7 @@ class Request:
     progress: Callable[[Target], Progress | None]
     instruments: Sequence[Instrument] = ()
     recover: bool = False  # whether a failing rewrite is left out
+    html: Path | None = None  # of the page that shows the build
     chosen: bool = True  # whether the user named the targets
     data: Data | None = None  # calibration samples
     int8: int8.Wish | None = None  # None: as the pipeline says
@@ -84,6 +85,7 @@ def build(
     progress: Callable[[Target], Progress | None] = lambda target: None,
     instruments: Sequence[Instrument] = (),
     recover: bool = False,
+    html: str | os.PathLike[str] | None = None,
 ) -> Bundle:
     """Optimize `model` for each target and write a bundle.
 
@@ -106,6 +108,7 @@ def build(
         instruments: further instruments around each pass.
         recover: leave out each single rewrite that fails (structure, numbers, an exception), say so, and go on; the manifest
             lists them as "dropped".
+        html: file to write a page to that shows the build (needs ``graphopt[report]``).
 
     Raises:
         UserError: the model, an option, the machine or the place is at fault; nothing is written then.
@@ -140,6 +143,7 @@ def build(
         progress,
         instruments,
         recover=recover,
+        html=None if html is None else Path(html),
         chosen=bool(targets),
         data=None if data is None else open_data(data, loaded.inputs),
         int8=int8,
@@ -184,11 +188,15 @@ class _Built:
     proof: dict[str, Any]
     int8: int8.Outcome | None = None
     dropped: tuple[Dropped, ...] | None = None  # rewrites that were left out; None: a failing one ends the build
+    times: tuple[PassTime, ...] = ()
+    timings: list[measure.Timings] = field(default_factory=list)  # against the original, where it was measured
 
 
 def _build(request: Request) -> Bundle:
+    if request.html is not None:
+        page.check_available()
+    built: list[_Built] = []
     with bundles.staged(request.out) as folder:
-        built: list[_Built] = []
         pending = list(request.targets)
         while pending:
             target = pending.pop(0)
@@ -203,6 +211,12 @@ def _build(request: Request) -> Bundle:
                     pending.append(_CPU)
         manifest = _manifest(request, built, folder)
         bundles.write_manifest(folder, manifest)
+    if request.html is not None:
+        parts = [
+            page.Part(e, b.result.model, b.result.steps, b.times, b.history, b.timings[0] if b.timings else None)
+            for e, b in zip(manifest["variants"], built, strict=True)
+        ]
+        page.write(request.html, request.model, manifest, parts, lambda: _one_sample(request))
     return Bundle(request.out, manifest)
 
 
@@ -211,7 +225,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     reason = backend.availability(target.runtime).build
     if reason is not None:
         raise BackendUnavailable(reason)
-    statistics = Statistics()
+    statistics, timing = Statistics(), Timing()
     outcome, pipeline = None, request.pipeline
     if request.int8 is not None and request.data is not None:
         outcome = int8.search(
@@ -236,7 +250,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
 
     ctx.progress = progress
     recovery = _recovery(request, target) if request.recover else None
-    result = pipeline.run(request.model, ctx, [Verify(), statistics, *request.instruments], recovery)
+    result = pipeline.run(request.model, ctx, [Verify(), timing, statistics, *request.instruments], recovery)
     left_out = {str(d) for d in recovery.dropped} if recovery is not None else set()
     for told in result.remarks:  # what passes say of the whole model, and of no node in it
         if not told.node and str(told) not in left_out:
@@ -252,7 +266,26 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
         outcome.built(result, artifact.kernels)
         request.say(f"{target}: {outcome}")
     dropped = None if recovery is None else tuple(recovery.dropped)
-    return _Built(target, backend, artifact, result, tuple(statistics.history), proof, outcome, dropped)
+    return _Built(
+        target,
+        backend,
+        artifact,
+        result,
+        tuple(statistics.history),
+        proof,
+        outcome,
+        dropped,
+        tuple(timing.times),
+    )
+
+
+def _one_sample(request: Request) -> list[Feeds]:
+    """What the page compares layers on."""
+    return (
+        list(request.feeds[:1])
+        if request.feeds
+        else [next(samples(request.model, request.seed, request.options.shapes))]
+    )
 
 
 def _recovery(request: Request, target: Target, aloud: bool = True) -> Recovery:
@@ -393,6 +426,7 @@ def _latency(request: Request, built: _Built, folder: Path) -> dict[str, Any] | 
         before = built.backend.open(folder, Artifact((original.name,), {}), built.target, options)
         after = built.backend.open(folder, built.artifact, built.target, options)
         timings = measure.interleave({"original": lambda: before.run(sample), "optimized": lambda: after.run(sample)})
+        built.timings.append(timings)
         return timings.compare("original", "optimized").as_dict()
     except (UnsupportedModel, UsageError, BackendUnavailable) as error:
         request.say(f"{built.target}: not timed: {error}")

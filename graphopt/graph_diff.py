@@ -41,13 +41,14 @@ def node_text(node: gs.Node) -> str:
         shown.append(f"... {len(node.inputs)} operands")
     attributes = ", ".join(f"{name} = {_attribute_text(value)}" for name, value in node.attrs.items())
     op = f"{node.domain}.{node.op}" if node.domain else node.op
-    types = ", ".join(_type_text(t) for t in node.outputs if not isinstance(t, gs.Constant) and t.dtype is not None)
+    types = ", ".join(type_text(t) for t in node.outputs if not isinstance(t, gs.Constant) and t.dtype is not None)
     return f"[{node.name}] {results} = {op}{f' <{attributes}>' if attributes else ''} ({', '.join(shown)})" + (
         f"  # {types}" if types else ""
     )
 
 
-def _type_text(tensor: gs.Tensor) -> str:
+def type_text(tensor: gs.Tensor) -> str:
+    """Dtype and shape of a computed value whose dtype is known, as ``float32[1,?,N]``."""
     dims = "?" if tensor.shape is None else ",".join("?" if d is None else str(d) for d in tensor.shape)
     return f"{dtype_name(np.dtype(tensor.dtype))}[{dims}]"
 

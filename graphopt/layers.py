@@ -22,7 +22,7 @@ from graphopt import equivalence
 from graphopt.errors import NotEquivalent, UnsupportedModel
 from graphopt.evaluate import Arrays, Evaluator
 from graphopt.graph_diff import node_text
-from graphopt.ir import Model, Node, subgraphs
+from graphopt.ir import Model, Node, dtype_name, subgraphs
 
 Array = np.ndarray[Any, Any]
 Feeds = Mapping[str, Array]
@@ -123,6 +123,8 @@ def compare_layers(
     pairs = _pairs(here, there, feeds[0])
     order = [n for n in here.tensors if n in pairs]
     worst: dict[str, Layer] = {}
+    outputs = {s.name for s in reference.outputs}
+    foreign: set[str] = set()  # numbers here, codes there: their names are alike, they are not
     done = 0
     for names in here.chunks(order):
         for sample in feeds:
@@ -133,12 +135,18 @@ def compare_layers(
                 raise NotEquivalent(f"the reference runs on this sample, the other does not: {error}") from None
             for name in names:
                 layer = _layer(name, here.tensors[name], *pairs[name], expected[name], found[pairs[name][0]])
-                if name not in worst or layer.relative > worst[name].relative:
+                if layer is None and name in outputs:
+                    layer = _typed(name, here.tensors[name], expected[name], found[name])
+                if layer is None:
+                    foreign.add(name)
+                elif name not in worst or layer.relative > worst[name].relative:
                     worst[name] = layer
         done += len(names)
         progress(done, len(order))
+    order = [n for n in order if n not in foreign]
+    pairs = {n: pairs[n] for n in order}
     layers = tuple(worst[n] for n in order)
-    first = _first(reference, {n for n, layer in worst.items() if layer.relative > tolerance}, set(worst), order)
+    first = _first(reference, {n for n in order if worst[n].relative > tolerance}, set(order), order)
     taken = {other for other, _ in pairs.values()}
     return LayerReport(
         layers,
@@ -215,13 +223,13 @@ class Tapped:
 
 @dataclass(frozen=True)
 class _Sketch:
-    kind: tuple[str, tuple[int, ...]]  # dtype and shape
+    kind: tuple[str, tuple[int, ...]]  # family of the dtype, and shape
     scale: float
     values: Array
 
 
 def _sketch(value: Any) -> _Sketch | None:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub" or not value.size:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiubV" or not value.size:
         return None
     flat = value.reshape(-1)
     places = np.linspace(0, flat.size - 1, min(_PROBES, flat.size)).astype(np.int64)
@@ -230,23 +238,29 @@ def _sketch(value: Any) -> _Sketch | None:
         finite = wide[np.isfinite(wide)]
         scale = float(np.abs(finite).max()) if finite.size else 0.0
         moments = [wide.mean(), wide.std(), wide.min(), wide.max()]
-    return _Sketch((str(value.dtype), value.shape), scale, np.concatenate([wide[places], moments]))
+    return _Sketch((_family(value.dtype), value.shape), scale, np.concatenate([wide[places], moments]))
 
 
 def _pairs(here: Tapped, there: Tapped, sample: Feeds) -> dict[str, tuple[str, str]]:
     """Tensor of the reference -> its counterpart, and how it was found."""
     pairs = {name: (name, "name") for name in here.tensors if name in there.tensors}
     taken = set(pairs)
-    _by_node(here, there, pairs, taken, "origin")
     rest = [n for n in here.tensors if n not in pairs]
     others = [n for n in there.tensors if n not in taken]
     if not rest or not others:
         return pairs
     left, right = here.sketches(rest, sample), there.sketches(others, sample)
+
+    def alike(name: str, other: str) -> bool:
+        return name in left and other in right and left[name].kind == right[other].kind
+
+    _by_node(here, there, pairs, taken, "origin", alike)
     pools: dict[Any, list[str]] = {}
     for name, sketch in left.items():
         pools.setdefault(sketch.kind, []).append(name)
     for other, sketch in right.items():
+        if other in taken:
+            continue
         pool = [n for n in pools.get(sketch.kind, []) if n not in pairs]
         if not pool:
             continue
@@ -256,12 +270,19 @@ def _pairs(here: Tapped, there: Tapped, sample: Feeds) -> dict[str, tuple[str, s
         if gap[best] <= _ALIKE * max(left[pool[best]].scale, 1e-30):
             pairs[pool[best]] = (other, "value")
             taken.add(other)
-    _by_node(here, there, pairs, taken, "node")
-    _by_place(here, there, left, right, pairs, taken)
+    _by_node(here, there, pairs, taken, "node", alike)
+    _by_place(here, there, pairs, taken, alike)
     return pairs
 
 
-def _by_node(here: Tapped, there: Tapped, pairs: dict[str, tuple[str, str]], taken: set[str], how: str) -> None:
+def _by_node(
+    here: Tapped,
+    there: Tapped,
+    pairs: dict[str, tuple[str, str]],
+    taken: set[str],
+    how: str,
+    alike: Callable[[str, str], bool],
+) -> None:
     """Pair results of a node with those of the last node that it stands for: by its origin, or else by its name."""
     place = {id(node): index for index, node in enumerate(here.model.graph.nodes)}
     nodes = {node.name: node for node in here.model.graph.nodes if node.name}
@@ -274,7 +295,7 @@ def _by_node(here: Tapped, there: Tapped, pairs: dict[str, tuple[str, str]], tak
         if not known:
             continue
         last = max(known, key=lambda n: place[id(n)])
-        if len(last.outputs) == 1 and last.outputs[0].name in here.tensors:
+        if len(last.outputs) == 1 and alike(last.outputs[0].name, name):
             found[last.outputs[0].name] = name
     for name, other in found.items():
         if name not in pairs:
@@ -285,10 +306,9 @@ def _by_node(here: Tapped, there: Tapped, pairs: dict[str, tuple[str, str]], tak
 def _by_place(
     here: Tapped,
     there: Tapped,
-    left: Mapping[str, _Sketch],
-    right: Mapping[str, _Sketch],
     pairs: dict[str, tuple[str, str]],
     taken: set[str],
+    alike: Callable[[str, str], bool],
 ) -> None:
     """Pair what is left between two pairs, the last ones first: what a fusion leaves stands for the end of what it replaced."""
     at = {name: index for index, name in enumerate(there.tensors)}
@@ -303,7 +323,7 @@ def _by_place(
         for mine in reversed(gap):
             for index in range(len(between) - 1, -1, -1):
                 other = between[index]
-                if mine in left and other in right and left[mine].kind == right[other].kind:
+                if alike(mine, other):
                     pairs[mine] = (other, "place")
                     taken.add(other)
                     del between[index:]
@@ -336,11 +356,30 @@ def write_origins(model: Model) -> None:
         node.carried = carried
 
 
-def _layer(name: str, node: Node, counterpart: str, matched: str, expected: Any, found: Any) -> Layer:
+def _layer(name: str, node: Node, counterpart: str, matched: str, expected: Any, found: Any) -> Layer | None:
+    """None where one holds numbers and the other their codes."""
+    note = ""
+    if isinstance(expected, np.ndarray) and isinstance(found, np.ndarray) and expected.dtype != found.dtype:
+        if _family(expected.dtype) != _family(found.dtype):
+            return None
+        note = f"{dtype_name(expected.dtype)} in A, {dtype_name(found.dtype)} in B"
+        expected, found = expected.astype(np.float64), found.astype(np.float64)
     gap = equivalence.difference(name, expected, found)
+    note = "; ".join(filter(None, (note, gap.note)))
     return Layer(
-        name, node.name, node.op, counterpart, matched, gap.max_abs, gap.relative, _sqnr(expected, found), gap.note
+        name, node.name, node.op, counterpart, matched, gap.max_abs, gap.relative, _sqnr(expected, found), note
     )
+
+
+def _typed(name: str, node: Node, expected: Any, found: Any) -> Layer:
+    """An output that is of another type."""
+    gap = equivalence.difference(name, expected, found)
+    return Layer(name, node.name, node.op, name, "name", gap.max_abs, gap.relative, math.nan, gap.note)
+
+
+def _family(dtype: np.dtype[Any]) -> str:
+    """Floats of any width are of one family; every other type is one of its own."""
+    return "float" if "float" in dtype_name(dtype) else dtype_name(dtype)
 
 
 def _sqnr(expected: Any, found: Any) -> float:

@@ -94,14 +94,22 @@ def build(
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
     continue_without_failing: Continue = False,
     report: ReportFile = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE.html", help="Write a page that shows the build.")
+    ] = None,
 ) -> None:
     """Optimize MODEL for each target and write a bundle: engines, ONNX Runtime models and a manifest."""
     from graphopt import building
     from graphopt.backend import BuildOptions
     from graphopt.target import Target
 
-    if report is not None and output.resolve() not in report.resolve().parents:
-        check_place(report)
+    for place in (report, html):
+        if place is not None and output.resolve() not in place.resolve().parents:
+            check_place(place)
+    if html is not None:
+        from graphopt import page
+
+        page.check_available()
     ranges = parse_ranges(shape)
     targets = [Target.parse(t) for t in target] if target else None
     pipeline = _pruning(parse_pipeline(passes, level, "default"), prune, data)
@@ -141,6 +149,7 @@ def build(
                 compare_each=compare_each, feeds=feeds, ranges=ranges, seed=seed, reproducer=reproducer
             ),
             recover=continue_without_failing,
+            html=html,
         )
     write_report(report, bundle.manifest)
     out.print(bundle_table(bundle.manifest, f"{output}/"))

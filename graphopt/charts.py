@@ -17,8 +17,15 @@ from typing import Any, Final
 import numpy as np
 
 _WIDTH: Final = 7.2  # inches
-_INK, _SOFT, _FIRST, _SECOND, _WARN = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES: Final = {_INK: "--ink", _SOFT: "--soft", _FIRST: "--first", _SECOND: "--second", _WARN: "--warn"}
+_INK, _SOFT, _FIRST, _SECOND, _WARN, _PAGE = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
+_VARIABLES: Final = {
+    _INK: "--ink",
+    _SOFT: "--soft",
+    _FIRST: "--first",
+    _SECOND: "--second",
+    _WARN: "--warn",
+    _PAGE: "--page",
+}
 _STYLE: Final = {
     "svg.fonttype": "none",  # text, not outlines: small, selectable, in the page's font
     "svg.hashsalt": "graphopt",  # ids that are the same for the same chart

@@ -44,6 +44,7 @@ class OnnxRuntime(Backend):
     """Writes portable ONNX and opens it with the provider that the target names."""
 
     runtimes: ClassVar[tuple[str, ...]] = ("ort",)
+    reads: ClassVar[frozenset[str]] = frozenset(["shapes", "threads", "spinning", "graph_level"])
 
     def availability(self, runtime: str) -> Availability:
         """Always buildable and runnable where onnxruntime imports; `devices` lists the providers."""

@@ -40,6 +40,7 @@ from graphopt.backend import (
     ShapeRange,
     check_shapes,
     may_hold_shape,
+    usual_bounds,
 )
 from graphopt.backends._cuda_buffers import CudaDriver, open_cuda
 from graphopt.backends._tensorrt_session import DTYPES, EngineSession
@@ -94,11 +95,6 @@ ONLY_IN: Final = {
     "IBuilderConfig.set_compute_capability": ("tensorrt_rtx-1.7",),
 }
 
-# Ranges for dynamic dimensions that nobody gave: (min, opt, max)
-BATCH: Final = (1, 8, 32)  # dimension 0
-IMAGE: Final = (32, 224, 512)  # dimensions 2 and 3 of four: what stride-32 networks take
-LENGTH: Final = (1, 128, 512)  # any other, sequence lengths above all
-
 LISTED: Final = 10  # nodes that an error names; the rest are counted
 EXTERNAL_ABOVE: Final = 64 << 20  # bytes of weights from which the parser maps a file instead of reading a protobuf
 
@@ -109,6 +105,7 @@ class TensorRT(Backend):
     """Builds and runs TensorRT engines."""
 
     runtimes = ("tensorrt", "tensorrt-rtx")
+    reads = Backend.reads - {"threads", "spinning", "graph_level"}
 
     def availability(self, runtime: str) -> Availability:
         """What can be done with `runtime` on this machine; never raises."""
@@ -414,7 +411,7 @@ def _ranges(network: Any, model: Model, given: Mapping[str, ShapeRange]) -> _Ran
                 elif isinstance(symbol, str) and symbol in symbols:
                     bounds.append(symbols[symbol][1])
                 else:
-                    bounds.append(BATCH if axis == 0 else IMAGE if len(dims) == 4 and axis > 1 else LENGTH)
+                    bounds.append(usual_bounds(axis, len(dims)))
                     assumed.append(f"{axis} ({symbol})" if isinstance(symbol, str) else str(axis))
                     if isinstance(symbol, str):
                         symbols[symbol] = (name, bounds[-1])

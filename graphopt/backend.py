@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -19,6 +19,11 @@ from graphopt.ir import Model, TensorSpec
 from graphopt.target import Target
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]  # tensor name -> value
+
+# Ranges for dynamic dimensions that nobody gave: (min, opt, max)
+BATCH: Final = (1, 8, 32)  # dimension 0
+IMAGE: Final = (32, 224, 512)  # dimensions 2 and 3 of four: what stride-32 networks take
+LENGTH: Final = (1, 128, 512)  # any other, sequence lengths above all
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class ShapeRange:
 
     def __str__(self) -> str:
         return ":".join("x".join(map(str, shape)) for shape in (self.min, self.opt, self.max))
+
+
+def usual_bounds(axis: int, rank: int) -> tuple[int, int, int]:
+    """The range of a dynamic dimension that nobody described."""
+    return BATCH if axis == 0 else IMAGE if rank == 4 and axis > 1 else LENGTH
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,9 @@ class Backend(ABC):
     """One runtime family; stateless."""
 
     runtimes: ClassVar[tuple[str, ...]]  # the target runtimes it serves, as in ("tensorrt", "tensorrt-rtx")
+    reads: ClassVar[frozenset[str]] = frozenset(
+        f.name for f in fields(BuildOptions)
+    )  # options that decide what it emits
 
     @abstractmethod
     def availability(self, runtime: str) -> Availability:

@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ import numpy as np
 
 import graphopt
 from graphopt import bundle as bundles
-from graphopt import equivalence, int8, ir, measure, page, verify
+from graphopt import equivalence, int8, ir, measure, page, provenance, verify
 from graphopt.backend import (
     Arrays,
     Artifact,
@@ -26,6 +26,7 @@ from graphopt.backend import (
     may_hold_shape,
     takes_values,
 )
+from graphopt.budget import within
 from graphopt.bundle import Bundle
 from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
@@ -35,8 +36,11 @@ from graphopt.instruments import Census, PassTime, Statistics, Timing, Verify, c
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context
 from graphopt.pipeline import Instrument, Pipeline, Result
+from graphopt.recall import Recall, feeds_digest
+from graphopt.recipe import Budget
 from graphopt.recovery import Dropped, Recovery
-from graphopt.target import Target
+from graphopt.staging import staged
+from graphopt.target import Target, cpu_features
 
 Say = Callable[[str], None]
 Feeds = Mapping[str, "np.ndarray[Any, Any]"]
@@ -60,6 +64,9 @@ class Request:
     instruments: Sequence[Instrument] = ()
     recover: bool = False  # whether a failing rewrite is left out
     html: Path | None = None  # of the page that shows the build
+    recall: Recall = field(default_factory=Recall)
+    budget: Budget = field(default_factory=Budget)
+    record: Mapping[str, Any] | None = None  # how the build was asked for; None: from this request
     chosen: bool = True  # whether the user named the targets
     data: Data | None = None  # calibration samples
     int8: int8.Wish | None = None  # None: as the pipeline says
@@ -86,6 +93,9 @@ def build(
     instruments: Sequence[Instrument] = (),
     recover: bool = False,
     html: str | os.PathLike[str] | None = None,
+    recall: Recall | None = None,
+    budget: Budget | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Optimize `model` for each target and write a bundle.
 
@@ -109,9 +119,12 @@ def build(
         recover: leave out each single rewrite that fails (structure, numbers, an exception), say so, and go on; the manifest
             lists them as "dropped".
         html: file to write a page to that shows the build (needs ``graphopt[report]``).
+        recall: takes steps from a cache and keeps them there; None computes all.
+        budget: what must hold, else nothing is written.
+        record: what the manifest says of how the bundle came to be (`graphopt.provenance`); None makes one of these arguments.
 
     Raises:
-        UserError: the model, an option, the machine or the place is at fault; nothing is written then.
+        UserError: the model, an option, the machine or the place is at fault, or the budget is exceeded; nothing is written then.
         NotEquivalent: the optimized model computes something else.
         InternalError: a pass is at fault.
     """
@@ -144,6 +157,9 @@ def build(
         instruments,
         recover=recover,
         html=None if html is None else Path(html),
+        recall=recall or Recall(),
+        budget=budget or Budget(),
+        record=record,
         chosen=bool(targets),
         data=None if data is None else open_data(data, loaded.inputs),
         int8=int8,
@@ -184,7 +200,7 @@ class _Built:
     backend: Backend
     artifact: Artifact
     result: Result
-    history: tuple[Census, ...]
+    history: tuple[Census, ...]  # of the passes that ran now
     proof: dict[str, Any]
     int8: int8.Outcome | None = None
     dropped: tuple[Dropped, ...] | None = None  # rewrites that were left out; None: a failing one ends the build
@@ -196,7 +212,7 @@ def _build(request: Request) -> Bundle:
     if request.html is not None:
         page.check_available()
     built: list[_Built] = []
-    with bundles.staged(request.out) as folder:
+    with staged(request.out) as folder:
         pending = list(request.targets)
         while pending:
             target = pending.pop(0)
@@ -210,6 +226,8 @@ def _build(request: Request) -> Bundle:
                 if _CPU not in [b.target for b in built] and _CPU not in pending:
                     pending.append(_CPU)
         manifest = _manifest(request, built, folder)
+        within(request.budget, manifest)
+        request.recall.settled()
         bundles.write_manifest(folder, manifest)
     if request.html is not None:
         parts = [
@@ -226,19 +244,10 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if reason is not None:
         raise BackendUnavailable(reason)
     statistics, timing = Statistics(), Timing()
-    outcome, pipeline = None, request.pipeline
+    searched, pipeline = None, request.pipeline
     if request.int8 is not None and request.data is not None:
-        outcome = int8.search(
-            request.model,
-            target,
-            pipeline,
-            request.data,
-            wish=request.int8,
-            seed=request.seed,
-            say=request.say,
-            recovery=_recovery(request, target, aloud=False) if request.recover else None,
-        )
-        pipeline = outcome.pipeline
+        searched = _searched(request, target, request.data, request.int8)
+        pipeline = Pipeline.parse(searched["pipeline"])
     update = request.progress(target)
     ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
     if target.runtime == "ort" and (target.device or "cpu").startswith("cpu"):
@@ -250,7 +259,11 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
 
     ctx.progress = progress
     recovery = _recovery(request, target) if request.recover else None
-    result = pipeline.run(request.model, ctx, [Verify(), timing, statistics, *request.instruments], recovery)
+    instruments = [Verify(), timing, statistics, *request.instruments]
+    if recovery is None:
+        result = request.recall.optimize(pipeline, request.model, ctx, instruments)
+    else:
+        result = pipeline.run(request.model, ctx, instruments, recovery)
     left_out = {str(d) for d in recovery.dropped} if recovery is not None else set()
     for told in result.remarks:  # what passes say of the whole model, and of no node in it
         if not told.node and str(told) not in left_out:
@@ -259,10 +272,19 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if changed:
         raise InternalError(f"the pipeline changed the interface: {changed[0]}")
     proof = _prove(request, target, result, pipeline)
-    artifact = backend.emit(result.model, target, folder, request.options, update)
+    artifact = request.recall.emit(
+        backend,
+        result.model,
+        target,
+        folder,
+        request.options,
+        lambda: backend.emit(result.model, target, folder, request.options, update),
+    )
     for remark in artifact.remarks:
         request.say(f"{target}: {remark}")
-    if outcome is not None:
+    outcome = None
+    if searched is not None:
+        outcome = int8.Outcome.from_state(searched, result)
         outcome.built(result, artifact.kernels)
         request.say(f"{target}: {outcome}")
     dropped = None if recovery is None else tuple(recovery.dropped)
@@ -301,6 +323,44 @@ def _recovery(request: Request, target: Target, aloud: bool = True) -> Recovery:
     return Recovery(feeds=feeds, seed=request.seed, shapes=shapes, say=say)
 
 
+def _searched(request: Request, target: Target, data: Data, wish: int8.Wish) -> dict[str, Any]:
+    """The state of the int8 search's outcome; the search itself where the same was not found before on such a CPU."""
+    recall = request.recall
+
+    def search() -> dict[str, Any]:
+        told: list[str] = []
+        outcome = int8.search(
+            request.model,
+            target,
+            request.pipeline,
+            data,
+            wish=wish,
+            seed=request.seed,
+            say=told.append,
+            recovery=_recovery(request, target, aloud=False) if request.recover else None,
+        )
+        return {"outcome": outcome.state(), "told": told}
+
+    def ingredients() -> dict[str, Any]:
+        return {
+            "model": recall.fingerprint(request.model),
+            "target": str(target),
+            "pipeline": str(request.pipeline),
+            "data": recall.data_digest(data),
+            "labels": None if wish.labels is None else feeds_digest([{"labels": wish.labels}]),
+            "wish": {f.name: str(getattr(wish, f.name)) for f in fields(wish) if f.name != "labels"},
+            "recover": request.recover,
+            "seed": request.seed,
+            "machine": sorted(cpu_features()),
+        }
+
+    found = recall.value("int8", ingredients, search)
+    for text in found["told"]:
+        request.say(text)
+    outcome: dict[str, Any] = found["outcome"]
+    return outcome
+
+
 def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline) -> dict[str, Any]:
     """Compare the optimized model with the original, both as written."""
     counts = Counter[str]()
@@ -310,6 +370,26 @@ def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline)
         {p: counts[p.pass_name()] for p in pipeline.passes}, equivalence.float_types(request.model)
     )
     feeds, shapes = request.feeds, request.options.shapes
+    recall = request.recall
+
+    def ingredients() -> dict[str, Any]:
+        return {
+            "original": recall.fingerprint(request.model),
+            "optimized": recall.fingerprint(result.model),
+            "feeds": feeds_digest(feeds),
+            "shapes": {name: str(wanted) for name, wanted in sorted(shapes.items())},
+            "allowed": str(allowed),
+            "seed": request.seed,
+        }
+
+    proof: dict[str, Any] = recall.value("proof", ingredients, lambda: _compared(request, result, feeds, allowed))
+    if "unproven" in proof:
+        request.say(f"{target}: the numbers are not proven: {proof['unproven']}")
+    return proof
+
+
+def _compared(request: Request, result: Result, feeds: Sequence[Feeds] | None, allowed: float) -> dict[str, Any]:
+    shapes = request.options.shapes
     if feeds is None and _values(request.model, shapes):
         feeds = list(samples(request.model, request.seed, shapes))
     try:
@@ -317,7 +397,6 @@ def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline)
             request.model, result.model, feeds=feeds, allowed=allowed, seed=request.seed, shapes=shapes
         )
     except UnsupportedModel as error:
-        request.say(f"{target}: the numbers are not proven: {error}")
         return {"unproven": str(error)}
     report.require("the optimized model computes something else")
     if report.doubt is not None:
@@ -363,16 +442,31 @@ def _manifest(request: Request, built: Sequence[_Built], folder: Path) -> dict[s
         "graphopt": graphopt.__version__,
         "model": {
             "name": model.graph.name or "",
-            "sha256": model.fingerprint(),
+            "sha256": request.recall.fingerprint(model),
             "ir_version": model.ir_version,
             "opsets": dict(sorted(model.opsets.items())),
         },
         "inputs": [_spec(s) for s in built[0].result.model.inputs],
         "outputs": [_spec(s) for s in built[0].result.model.outputs],
         "pipeline": str(request.pipeline),
+        "build": request.record if request.record is not None else _record(request),
         "variants": [_entry(request, b, folder) for b in built],
         "fallbacks": request.fallbacks,
     }
+
+
+def _record(request: Request) -> dict[str, Any]:
+    """What a call from Python can say of itself: values and no files."""
+    options = {f.name.replace("_", "-"): getattr(request.options, f.name) for f in fields(BuildOptions)}
+    plain = {name: value for name, value in options.items() if isinstance(value, bool | int | str)}
+    asked: dict[str, Any] = {
+        "targets": [str(t) for t in request.targets],
+        "passes": str(request.pipeline),
+        "shapes": {name: str(wanted) for name, wanted in sorted(request.options.shapes.items())},
+        "seed": request.seed,
+        **{name: value for name, value in plain.items() if value != getattr(BuildOptions(), name.replace("-", "_"))},
+    }
+    return {"request": asked, "files": [], "versions": provenance.versions(asked["targets"])}
 
 
 def _spec(spec: TensorSpec) -> dict[str, Any]:
@@ -380,7 +474,7 @@ def _spec(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
-    before, after = built.history[0], census("", built.result.model)
+    before, after = census("", request.model), census("", built.result.model)
     entry: dict[str, Any] = {
         "target": str(built.target),
         "files": [

@@ -6,28 +6,27 @@ give the same bytes: no time stamps, no paths, no latencies unless they were ask
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from graphopt import isolation
+from graphopt import staging
 from graphopt.backend import Arrays, Artifact, BuildOptions, Session, ShapeRange
 from graphopt.discovery import backend_for
-from graphopt.errors import BackendUnavailable, GraphoptError, InvalidModel, OutputError, UserError
+from graphopt.errors import BackendUnavailable, InvalidModel, UserError
 from graphopt.ir import TensorSpec, load, save
 from graphopt.target import Target
 
-MANIFEST: Final = "manifest.json"
-SCHEMA: Final = "graphopt-bundle/1"
+MANIFEST: Final = staging.MANIFEST
+SCHEMA: Final = staging.SCHEMA
 _PREFERENCE: Final = ("tensorrt", "tensorrt-rtx", "ort")  # fastest first
 
 
@@ -65,6 +64,8 @@ class Bundle:
             InvalidModel: no folder, no manifest in it, or a manifest that is damaged or of another version.
         """
         path = Path(folder) / MANIFEST
+        with contextlib.suppress(OSError):  # where it cannot be finished the manifest is missing, and that is told
+            staging.recover(Path(folder))
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -232,120 +233,3 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write ``manifest.json``: indented UTF-8, the same bytes for the same content."""
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` when the block ends well, and vanishes when it does not.
-
-    What stands at `out` may be an empty folder or an earlier bundle; of that one, files that its manifest does not name are
-    kept. A link is followed.
-
-    Raises:
-        OutputError: something else stands there, or the place cannot be written.
-    """
-    place = Path(os.path.realpath(out))
-    made: list[Path] = []
-    stage = None
-    try:
-        known = _contents(place, out)
-        made += _make_folders(place.parent)
-        inside = place.is_dir() and _is_pinned(place)
-        stage = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place if inside else place.parent))
-        isolation.scratch(stage)
-        yield stage
-        if inside:
-            _refill(stage, place, known)
-        else:
-            stage.chmod(0o777 & ~_umask())
-            _exchange(stage, place, known)
-        made.clear()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write the bundle {str(out)!r}: {error.strerror or error}; check space and permissions"
-        ) from None
-    except GraphoptError as error:
-        if stage is not None:  # a name that nobody will find afterwards
-            error.args = (str(error).replace(str(stage), str(out)),)
-        raise
-    finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
-        for folder in reversed(made):
-            folder.rmdir()
-
-
-def _contents(place: Path, out: Path) -> set[str]:
-    """Names of the files that an earlier build wrote into `place`.
-
-    Raises:
-        OutputError: something stands there that no build wrote.
-    """
-    if not place.exists():
-        return set()
-    if not place.is_dir():
-        raise OutputError(f"cannot write the bundle {str(out)!r}: it is a file; name a folder")
-    if not any(place.iterdir()):
-        return set()
-    try:
-        manifest = json.loads((place / MANIFEST).read_bytes())
-        if not str(manifest["schema"]).startswith(SCHEMA.partition("/")[0]):
-            raise ValueError(manifest["schema"])
-        return {MANIFEST, *(str(f["name"]) for v in manifest["variants"] for f in v["files"])}
-    except FileNotFoundError:
-        what = "holds other files"
-    except (ValueError, KeyError, TypeError, RecursionError):
-        what = f"holds a {MANIFEST} that is no bundle's"
-    raise OutputError(f"cannot write the bundle {str(out)!r}: it {what}; name a new folder, or empty this one")
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make `folder` and its parents; returns those made, outer first."""
-    missing = [f for f in (folder, *folder.parents) if not f.exists()][::-1]
-    made: list[Path] = []
-    try:
-        for each in missing:
-            each.mkdir()
-            made.append(each)
-    except OSError:
-        for each in reversed(made):
-            each.rmdir()
-        raise
-    return made
-
-
-def _is_pinned(place: Path) -> bool:
-    """Whether another folder cannot take the name of `place`: a mount point, a shell's folder, a parent that is read-only."""
-    return place.is_mount() or place.samefile(Path.cwd()) or not os.access(place.parent, os.W_OK)
-
-
-def _exchange(stage: Path, place: Path, known: set[str]) -> None:
-    """Put `stage` in the place of `place`; the old bundle goes away last."""
-    if not place.exists():
-        stage.rename(place)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.old.", dir=place.parent))
-    place.replace(old)
-    try:
-        stage.rename(place)
-    except OSError:
-        old.replace(place)
-        raise
-    for path in old.iterdir():
-        if path.name not in known and not (place / path.name).exists():
-            path.rename(place / path.name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _refill(stage: Path, place: Path, known: set[str]) -> None:
-    """Move the files of `stage`, which is a folder in `place`, up; the manifest goes first and comes last."""
-    for name in sorted(known, key=lambda n: n != MANIFEST):
-        (place / name).unlink(missing_ok=True)
-    for path in sorted(stage.iterdir(), key=lambda p: p.name == MANIFEST):
-        path.replace(place / path.name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

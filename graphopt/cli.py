@@ -22,7 +22,9 @@ from graphopt.commands.bisect import bisect
 from graphopt.commands.build import build
 from graphopt.commands.compare import compare
 from graphopt.commands.explain import explain
+from graphopt.commands.export import export
 from graphopt.commands.groups import groups
+from graphopt.commands.init import init
 from graphopt.commands.inspect import inspect
 from graphopt.commands.opt import opt
 from graphopt.commands.passes import passes
@@ -31,6 +33,7 @@ from graphopt.commands.reproduce import reproduce
 from graphopt.commands.run import run_bundle
 from graphopt.commands.sensitivity import sensitivity
 from graphopt.commands.terminal import complain, err, mute_stdout
+from graphopt.commands.verify import verify
 from graphopt.errors import GraphoptError, InternalError, OutputError, UsageError, UserError
 
 app = typer.Typer(
@@ -44,7 +47,10 @@ app = typer.Typer(
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
-app.command(short_help="Optimize a model for targets; write a bundle.")(build)
+app.command(short_help="Optimize models for targets; write bundles.")(build)
+app.command(short_help="Write a recipe for a model.")(init)
+app.command(short_help="Check a bundle: files, that it runs here, its numbers.")(verify)
+app.command(short_help="Write a bundle into a Triton model repository.")(export)
 app.command()(opt)
 app.command()(explain)
 app.command()(passes)

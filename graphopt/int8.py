@@ -12,7 +12,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -115,6 +115,20 @@ class Outcome:
         return (
             f"{share}; {told}outputs {min(self.sqnr, 200.0):.1f} dB ({min(self.sqnr_emulated, 200.0):.1f} as written)"
         )
+
+    def state(self) -> dict[str, Any]:
+        """All of it but the result, as JSON values that `from_state` takes."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "result"}
+        return {**plain, "pipeline": str(self.pipeline), "layers": [layer.as_dict() for layer in self.layers]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], result: Result) -> Outcome:
+        """The outcome that `state` described, with what its pipeline made."""
+        values = dict(state)
+        values["pipeline"] = Pipeline.parse(state["pipeline"])
+        values["layers"] = [Layer(**layer) for layer in state["layers"]]
+        values["excluded"] = tuple(state["excluded"])
+        return cls(result=result, **values)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,12 +63,16 @@ class Model:
         graph: the root graph.
         carried: the ModelProto without graph and functions (IR version, opset imports, producer, metadata, ...).
         source: the file it came from, if any.
+        external: names of the external data files beside `source` that its weights were mapped from.
     """
 
-    def __init__(self, graph: Graph, carried: onnx.ModelProto, source: Path | None = None) -> None:
+    def __init__(
+        self, graph: Graph, carried: onnx.ModelProto, source: Path | None = None, external: Sequence[str] = ()
+    ) -> None:
         self.graph = graph
         self.carried = carried
         self.source = source
+        self.external = tuple(external)
 
     @property
     def functions(self) -> list[Function]:
@@ -358,10 +362,11 @@ def _build(proto: onnx.ModelProto, source: Path | None, raws: dict[int, Buffer],
             f"{where} has IR version {proto.ir_version}; graphopt reads 3 to {onnx.IR_VERSION}: {advice}"
         )
     try:
-        graph, carried = Reader(proto, source, raws).read()
+        reader = Reader(proto, source, raws)
+        graph, carried = reader.read()
     except (InvalidModel, UnsupportedModel) as error:
         raise type(error)(f"{where}: {error}") from None
-    return Model(graph, carried, source)
+    return Model(graph, carried, source, sorted(reader.maps))
 
 
 def save(model: Model, path: str | os.PathLike[str], external: bool | None = None) -> list[Path]:

@@ -16,7 +16,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
@@ -160,6 +160,9 @@ class Pipeline:
         ctx: Context | None = None,
         instruments: Sequence[Instrument] | None = None,
         recovery: Recovery | None = None,
+        *,
+        done: int = 0,
+        after_step: Callable[[int, Result], None] | None = None,
     ) -> Result:
         """Run on a copy of `model`, which stays as it is; constant values are shared, so this costs no weights.
 
@@ -168,6 +171,8 @@ class Pipeline:
             ctx: target, seed, evaluator; default: portable, ONNX Runtime as evaluator.
             instruments: called around each pass; default: the structural verifier.
             recovery: runs each pass in the driver's place and leaves out what fails; None: a failure ends the pipeline.
+            done: steps that `model` has behind it; `ctx` then holds what they left there.
+            after_step: is told, after each step, how many are done and what came of those that ran here.
 
         Raises:
             PassError: a pass raised, or its count contradicts what it did.
@@ -182,7 +187,7 @@ class Pipeline:
             from graphopt.instruments import Verify
 
             instruments = (Verify(),)
-        return _Run(model.clone(), ctx, instruments, recovery).pipeline(self)
+        return _Run(model.clone(), ctx, instruments, recovery).pipeline(self, done, after_step)
 
 
 def _flatten(steps: Iterable[Step]) -> Iterable[Pass]:
@@ -219,6 +224,11 @@ def apply(step: Pass, model: Model, ctx: Context, before: Signature | None = Non
     return rewrites
 
 
+def measures(steps: Iterable[Step]) -> bool:
+    """Whether one of `steps` quantizes or prunes."""
+    return any(p.exactness is Exactness.APPROXIMATE for p in _flatten(steps))
+
+
 class _Run:
     def __init__(
         self, model: Model, ctx: Context, instruments: Sequence[Instrument], recovery: Recovery | None = None
@@ -234,10 +244,11 @@ class _Run:
         self.changes = 0
         self.idle: dict[Pass, int] = {}  # the number of changes after which a pass found nothing to do
 
-    def pipeline(self, pipeline: Pipeline) -> Result:
-        self.ctx.facts.clear()
+    def pipeline(self, pipeline: Pipeline, done: int, after_step: Callable[[int, Result], None] | None) -> Result:
+        if not done:
+            self.ctx.facts.clear()
         self.ctx.analyses.clear()  # a context may have seen another model
-        if pipeline.steps:
+        if pipeline.steps and not done:
             self.model.modernize()
             verify.cycles(self.model)  # passes may count on topological order
             fresh = fresh_names(self.model)
@@ -248,12 +259,17 @@ class _Run:
         if self.recovery is not None:
             self.recovery.begin(self.model, pipeline, self.ctx)
         asked = self.ctx.products_stay
-        for index, step in enumerate(pipeline.steps):
-            ahead = _flatten(pipeline.steps[index:])
-            self.ctx.products_stay = asked or any(p.exactness is Exactness.APPROXIMATE for p in ahead)
+        for number, step in enumerate(pipeline.steps[done:], done + 1):
+            self.ctx.products_stay = asked or measures(pipeline.steps[number - 1 :])
             self.step(step, 0)
+            if after_step is not None:
+                after_step(number, self.result())
         for instrument in self.instruments:
             instrument.after_pipeline(self.model, self.ctx)
+        return self.result()
+
+    def result(self) -> Result:
+        """What came of the steps so far."""
         remarks = tuple(dict.fromkeys(self.ctx.remarks))
         return Result(self.model, tuple(self.reports), remarks, tuple(self.stops), dict(self.ctx.facts))
 

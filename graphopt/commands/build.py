@@ -1,7 +1,13 @@
-"""`graphopt build`: a model in, a bundle out."""
+"""`graphopt build`: models in, bundles out; what is up to date is left alone."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,32 +17,44 @@ from graphopt.commands.arguments import (
     Continue,
     Domains,
     Level,
-    ModelFile,
     PipelineText,
     ReportFile,
-    Seed,
     Shapes,
     Threads,
     check_place,
-    load,
-    make_instruments,
     parse_pipeline,
     parse_ranges,
-    read_samples,
     write_report,
 )
 from graphopt.commands.containment import contained
 from graphopt.commands.terminal import bundle_table, out, progress_bar, say
-from graphopt.errors import UsageError
+from graphopt.errors import OutputError, UsageError, UserError
 
 if TYPE_CHECKING:
-    from graphopt.pipeline import Pipeline
+    from graphopt.cache import Cache, Digests
+    from graphopt.recipe import Settings
+
+
+class WouldChange(UserError):
+    """``--locked``, and something is not up to date."""
 
 
 @contained(default=True)
 def build(
-    model: ModelFile,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle's folder.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL | NAME...]",
+            show_default=False,
+            help="An .onnx or .onnxtxt file ('-' is stdin), with -o; or builds of the recipe, none for all.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help="The bundle's folder.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-f", metavar="FILE", help="A recipe; default: ./graphopt.toml.")
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", "-t", metavar="TARGET", help="As ort:cpu or tensorrt-rtx:sm86+sm89; repeatable."),
@@ -89,101 +107,249 @@ def build(
         str | None, typer.Option(metavar="LEVEL", help="TensorRT: ampere-plus or same-compute-capability.")
     ] = None,
     allow_domain: Domains = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of generated inputs.")] = None,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Build nothing; fail when a bundle is not up to date.")
+    ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=0, metavar="N", help="Build N targets at a time; 0: one a processor.")
+    ] = 1,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Build anew, whatever is known or up to date.")] = False,
+    depfile: Annotated[
+        Path | None, typer.Option("--depfile", "-MF", metavar="FILE", help="Write what was read, for make and ninja.")
+    ] = None,
+    depfiles: Annotated[bool, typer.Option("-MD", help="Write it to FOLDER.d beside each bundle.")] = False,
     compare_each: Annotated[bool, typer.Option("--compare-each", help="Compare the numbers after each pass.")] = False,
     reproducer: Annotated[Path | None, typer.Option(metavar="FILE.onnx", help="Written when a pass fails.")] = None,
     continue_without_failing: Continue = False,
     report: ReportFile = None,
     html: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE.html", help="Write a page that shows the build.")
+        Path | None, typer.Option("--html", metavar="FILE.html", help="Build anew, and write a page that shows it.")
     ] = None,
 ) -> None:
-    """Optimize MODEL for each target and write a bundle: engines, ONNX Runtime models and a manifest."""
-    from graphopt import building
-    from graphopt.backend import BuildOptions
-    from graphopt.target import Target
+    """Optimize models for each target and write bundles: engines, ONNX Runtime models and a manifest.
 
-    for place in (report, html):
-        if place is not None and output.resolve() not in place.resolve().parents:
+    Without MODEL the builds of ./graphopt.toml run; flags override its keys. A bundle that is up to date is left alone.
+    """
+    flags = {
+        "targets": tuple(target) if target else None,
+        "shapes": _shapes(shape),
+        "passes": passes,
+        "level": level,
+        "data": data,
+        "prune": prune,
+        "int8": int8 or None,
+        "labels": labels,
+        "metric": metric,
+        "max_drop": max_drop,
+        "gate": False if no_gate else None,
+        "fallback": False if no_fallback else None,
+        "measure": measure or None,
+        "threads": threads,
+        "graph_level": graph_level,
+        "workspace": workspace,
+        "optimization_level": optimization_level,
+        "timing_cache": timing_cache,
+        "tf32": False if no_tf32 else None,
+        "sparse_weights": sparse_weights or None,
+        "refit": refit or None,
+        "version_compatible": version_compatible or None,
+        "hardware_compatible": hardware_compatible,
+        "allow_domains": tuple(allow_domain) if allow_domain else None,
+        "seed": seed,
+        "continue_without_failing": continue_without_failing or None,
+    }
+    if passes is not None and level is not None:
+        parse_pipeline(passes, level, "default")  # says that they exclude each other
+    builds, read = _wanted(arguments or [], output, recipe, flags)
+    for option, place in (("--report", report), ("--html", html)):
+        if place is not None and len(builds) != 1:
+            raise UsageError(f"{option} takes one build; name it")
+        if place is not None and builds[0].output.resolve() not in place.resolve().parents:
             check_place(place)
     if html is not None:
         from graphopt import page
 
         page.check_available()
-    ranges = parse_ranges(shape)
-    targets = [Target.parse(t) for t in target] if target else None
-    pipeline = _pruning(parse_pipeline(passes, level, "default"), prune, data)
-    options = BuildOptions(
-        shapes=ranges,
-        threads=threads,
-        graph_level=graph_level,
-        workspace=None if workspace is None else workspace << 20,
-        optimization_level=optimization_level,
-        timing_cache=timing_cache,
-        tf32=not no_tf32,
-        sparse_weights=sparse_weights,
-        refit=refit,
-        version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible,
-    )
-    loaded = load(model)
-    feeds, samples = read_samples(data, loaded.inputs, pipeline, int8)
-    wish = _int8_wish(int8, samples, labels, metric, max_drop, not no_gate)
-    with progress_bar() as progress:
-        bundle = building.build(
-            loaded,
-            output,
-            targets,
-            pipeline,
-            options=options,
-            feeds=feeds,
-            data=samples,
-            int8=wish,
-            fallback=not no_fallback,
-            measure=measure,
-            seed=seed,
-            allow_domains=allow_domain or (),
-            say=say,
-            progress=progress,
-            instruments=make_instruments(
-                compare_each=compare_each, feeds=feeds, ranges=ranges, seed=seed, reproducer=reproducer
-            ),
-            recover=continue_without_failing,
-            html=html,
-        )
-    write_report(report, bundle.manifest)
-    out.print(bundle_table(bundle.manifest, f"{output}/"))
+    check_place(depfile)
+    from graphopt.cache import Cache, Digests
+
+    observe = {"compare_each": compare_each, "reproducer": reproducer, "html": html}
+    seen = any(observe.values())  # what the cache holds would not be seen to run
+    cache = None if no_cache or seen else Cache.of_user()
+    session = _Session(cache, Digests(cache), no_cache or seen, read, observe if seen else {})
+    if locked:
+        manifests = session.require_up_to_date(builds)
+    else:
+        with session.warmed(builds, jobs or os.cpu_count() or 1):
+            manifests = [session.build(settings) for settings in builds]
+        if cache is not None:
+            cache.trim()
+    write_report(report, manifests[0] if report is not None else None)
+    _write_depfiles(session, builds, depfile, depfiles)
 
 
-def _pruning(pipeline: Pipeline, share: float | None, data: str | None) -> Pipeline:
-    """The pipeline with pruning in front, of the simplified model: what targets fuse then fits the widths that are left."""
-    from graphopt.pipeline import Pipeline
-
-    if share is None:
-        return pipeline
-    if not 0 < share < 1:
-        raise UsageError(f"--prune takes the share to remove, between 0 and 1, not {share:g}; as in --prune 0.3")
-    if data is None:
-        raise UsageError("--prune needs samples: --data calib.npz (input name -> samples on the first axis, no labels)")
-    simplified = Pipeline.parse("O2") if len(pipeline.steps) > 1 else Pipeline()
-    return simplified + Pipeline.parse(f"prune-channels{{ratio={share!r}}}") + pipeline
+def _shapes(texts: Sequence[str] | None) -> dict[str, str] | None:
+    """What ``--shape`` says, by input, unread: reading it takes numpy."""
+    pairs = [text.rpartition("=") for text in texts or ()]
+    shapes = {name: value for name, _, value in pairs}
+    if len(shapes) < len(pairs) or "" in shapes:
+        parse_ranges(texts)  # says what is wrong
+    return shapes or None
 
 
-def _int8_wish(
-    int8: bool, data: Any, labels: Path | None, metric: str | None, max_drop: float | None, gate: bool
-) -> Any:
-    """The options of ``--int8`` as one value, None without it."""
-    if not int8:
-        if labels is not None or metric is not None or max_drop is not None or not gate:
-            raise UsageError("--labels, --metric, --max-drop and --no-gate belong to --int8; add it")
-        return None
-    from graphopt.int8 import Wish, load_labels
+def _wanted(
+    arguments: Sequence[str], output: Path | None, file: Path | None, flags: Mapping[str, Any]
+) -> tuple[list[Settings], list[Path]]:
+    """The builds that the arguments ask for, and the recipe that was read, if any.
 
-    if data is None:
-        raise UsageError("--int8 needs calibration data: --data calib.npz (input name -> samples on the first axis)")
-    if metric not in (None, "top1", "agreement"):
-        raise UsageError(f"metric {metric!r} is neither top1 nor agreement")
-    if metric == "top1" and labels is None:
-        raise UsageError("--metric top1 needs --labels; without labels agreement with the float model is the metric")
-    told = None if labels is None or metric == "agreement" else load_labels(labels, data)
-    return Wish(told, max_drop, gate)
+    Raises:
+        UsageError: they ask for nothing, or for what does not go together.
+    """
+    from graphopt import recipe
+    from graphopt.recipe import Settings
+
+    here = Path(recipe.RECIPE)
+    if file is None and (not arguments or (output is None and here.is_file() and not _is_model(arguments))):
+        if not here.is_file():
+            raise UsageError(
+                f"missing argument 'MODEL'; see graphopt build --help (there is no {here} here; `graphopt init MODEL` writes one)"
+            )
+        file = here
+    if file is None:
+        if len(arguments) > 1:
+            raise UsageError(
+                f"one model at a time, not {' and '.join(arguments[:2])}; a {here} can hold several builds"
+            )
+        if output is None:
+            raise UsageError("missing option '--output' / '-o'; see graphopt build --help")
+        return [Settings(model=Path(arguments[0]), output=output).overridden(**flags)], []
+    read = recipe.load(file)
+    chosen = list(read.chosen(arguments).values())
+    if output is not None and len(chosen) != 1:
+        raise UsageError(f"--output takes one build; name one of {', '.join(read.builds)}")
+    return [settings.overridden(**flags, output=output) for settings in chosen], [file]
+
+
+def _is_model(arguments: Sequence[str]) -> bool:
+    """Whether the arguments name a model rather than builds of the recipe."""
+    return len(arguments) == 1 and (arguments[0] == "-" or Path(arguments[0]).suffix in (".onnx", ".onnxtxt"))
+
+
+@dataclass
+class _Session:
+    """One run of the command."""
+
+    cache: Cache | None
+    digests: Digests
+    anew: bool  # whether bundles are built although they are up to date
+    recipes: Sequence[Path]
+    observe: Mapping[str, Any]  # what the user wants to see of a build, by the options of `make`
+
+    def changes(self, settings: Settings) -> list[str]:
+        """Why the bundle must be built; nothing where it is up to date."""
+        from graphopt import provenance
+
+        if str(settings.model) == "-":
+            return ["the model comes from stdin"]
+        return provenance.changes(settings, self.digests)
+
+    def require_up_to_date(self, builds: Sequence[Settings]) -> list[Any]:
+        """``--locked``; returns the manifests.
+
+        Raises:
+            WouldChange: a bundle would be built.
+        """
+        found = {str(settings.output): self.changes(settings) for settings in builds}
+        told = [f"{place} ({_some(reasons)})" for place, reasons in found.items() if reasons]
+        if told:
+            raise WouldChange(f"--locked, and not up to date: {'; '.join(told)}; run graphopt build without --locked")
+        for place in found:
+            out.print(f"{place}: up to date", markup=False, soft_wrap=True)
+        return [_manifest(settings) for settings in builds]
+
+    def build(self, settings: Settings) -> Any:
+        """Make or keep one bundle; returns its manifest."""
+        from graphopt import provenance
+        from graphopt.staging import exclusive
+
+        with contextlib.ExitStack() as stack:
+            if self.cache is not None:
+                busy = f"{settings.output}: another graphopt builds there; waiting for it"
+                stack.enter_context(exclusive(self.cache.lock_file(settings.output), lambda: say(busy)))
+            reasons = self.changes(settings)
+            if not reasons and not self.anew:
+                provenance.touch(settings, [*self.recipes, *(p for _, _, p in provenance.input_paths(settings))])
+                out.print(f"{settings.output}: up to date", markup=False, soft_wrap=True)
+                return _manifest(settings)
+            again = (settings.output / "manifest.json").is_file()
+            from graphopt.commands.make import make
+
+            with progress_bar() as progress:
+                manifest = make(settings, self.cache, self.digests, progress=progress, **self.observe)
+            if again and reasons:
+                say(f"{settings.output} was built again: {_some(reasons)}")
+            out.print(bundle_table(manifest, f"{settings.output}/"))
+            return manifest
+
+    @contextlib.contextmanager
+    def warmed(self, builds: Sequence[Settings], jobs: int) -> Iterator[None]:
+        """Let `jobs` processes fill the cache with what `builds` need, a target each; without a cache, one that lives as long."""
+        pairs = [
+            replace(settings, targets=(target,)) if target else settings
+            for settings in (builds if jobs > 1 else ())
+            if str(settings.model) != "-" and (self.anew or self.changes(settings))
+            for target in settings.targets or ("",)
+        ]
+        if len(pairs) < 2 or self.observe:
+            yield
+            return
+        from graphopt.commands.make import warm_all
+
+        with contextlib.ExitStack() as stack:
+            if self.cache is None:
+                from graphopt.cache import Cache
+
+                self.cache = Cache(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-"))))
+            warm_all(pairs, self.cache, jobs)
+            yield
+
+
+def _manifest(settings: Settings) -> Any:
+    return json.loads((settings.output / "manifest.json").read_bytes())
+
+
+def _some(reasons: Sequence[str], most: int = 4) -> str:
+    more = f", and {len(reasons) - most} more" if len(reasons) > most else ""
+    return ", ".join(reasons[:most]) + more
+
+
+def _write_depfiles(session: _Session, builds: Sequence[Settings], one: Path | None, each: bool) -> None:
+    """What ``--depfile`` and ``-MD`` ask for."""
+    if one is None and not each:
+        return
+    from graphopt import provenance
+
+    rules = []
+    for settings in builds:
+        external = [f["name"] for f in _manifest(settings)["build"]["files"] if f["role"] == "external data"]
+        inputs = [path for _, _, path in provenance.input_paths(settings, external)]
+        rules.append((settings.output / "manifest.json", [*inputs, *session.recipes]))
+    files = [(one, rules)] if one is not None else []
+    if each:
+        files += [(Path(f"{s.output}.d"), [rule]) for s, rule in zip(builds, rules, strict=True)]
+    for path, content in files:
+        _write_text(path, provenance.depfile(content))
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        if path.is_file() and path.read_text(encoding="utf-8", errors="surrogateescape") == text:
+            return
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside.write_text(text, encoding="utf-8", errors="surrogateescape")
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {str(path)!r}: {error.strerror}; check the folder and its permissions"
+        ) from None

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint docs simplify clean
+.PHONY: demo test fuzz lint docs simplify kill-test clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml
@@ -30,6 +30,9 @@ simplify: .venv/.installed  ## nodes, CPU seconds and memory beside the peers; P
 
 docs: .venv/.installed  ## the documentation, into site/; dead links are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+kill-test: .venv/.installed  ## kill -9 at random moments of builds; KILLS of them
+	$(BIN)/python -m benchmarks.kills --kills $(or $(KILLS),200)
 
 clean:
 	rm -rf .venv site build dist *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis

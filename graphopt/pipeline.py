@@ -28,6 +28,7 @@ from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, Unkno
 from graphopt.ir import Model, fresh_names
 from graphopt.pass_base import Context, Exactness, Pass, Remark
 from graphopt.signature import Signature
+from graphopt.writing import homeless
 
 PRESETS: Final[dict[str, str]] = {
     "O0": "",
@@ -262,11 +263,21 @@ class _Run:
         for number, step in enumerate(pipeline.steps[done:], done + 1):
             self.ctx.products_stay = asked or measures(pipeline.steps[number - 1 :])
             self.step(step, 0)
+            self.declare()
             if after_step is not None:
                 after_step(number, self.result())
         for instrument in self.instruments:
             instrument.after_pipeline(self.model, self.ctx)
         return self.result()
+
+    def declare(self) -> None:
+        """Let the root graph hold the constants that passes made, in the order that a file written now would have: a pipeline that
+        goes on from such a file then ends in the same bytes."""
+        made = homeless(self.model)
+        if made:
+            self.model.graph.initializers.extend(made)
+            self.signature = None
+            self.ctx.analyses.clear()
 
     def result(self) -> Result:
         """What came of the steps so far."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
 
-from graphopt import building, equivalence
+from graphopt import building, equivalence, ir
 from graphopt.bundle import Bundle, BundleSession, Variant, sha256
 from graphopt.data import Data
 from graphopt.errors import BackendUnavailable, UnsupportedModel, UsageError, UserError
@@ -146,14 +147,17 @@ def _ran(
                     raise UsageError(str(error)) from None
                 continue  # a generated sample that the original itself refuses proves nothing
         try:
-            found = session.run(sample)
+            found = session.run({s.name: _as(sample[s.name], s.dtype) for s in session.inputs})
         except UserError as error:
             return [Check(name, "loads", False, f"does not run: {error}")]
         count += 1
         if expected is None or evaluator is None:
             continue
         for output, value in expected.items():
-            gap = equivalence.difference(output, value, found.get(output))
+            mine = found.get(output)
+            if isinstance(mine, np.ndarray) and isinstance(value, np.ndarray):
+                mine = _as(mine, ir.dtype_name(value.dtype))
+            gap = equivalence.difference(output, value, mine)
             if allowed is not None and gap.relative > allowed and math.isfinite(gap.max_abs):
                 gap = replace(gap, sensitivity=equivalence.sensitivity(evaluator.run, sample, expected, seed)[output])
             known = worst.get(output)
@@ -174,6 +178,14 @@ def _ran(
     if data is not None:
         checks.append(_accuracy(name, classes, labels, max_drop))
     return checks
+
+
+def _as(array: Any, dtype: str | None) -> Any:
+    """A floating-point array in the type that the other side has: a build may have changed that of inputs and outputs."""
+    have = ir.dtype_name(array.dtype)
+    if dtype is None or have == dtype or not ("float" in dtype and "float" in have):
+        return array
+    return array.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
 
 
 class _Interface:

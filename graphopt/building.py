@@ -382,13 +382,19 @@ def _prove(request: Request, target: Target, result: Result, pipeline: Pipeline)
             "seed": request.seed,
         }
 
-    proof: dict[str, Any] = recall.value("proof", ingredients, lambda: _compared(request, result, feeds, allowed))
+    found = recall.value("proof", ingredients, lambda: _compared(request, result, feeds, allowed))
+    proof: dict[str, Any] = found["proof"]
     if "unproven" in proof:
         request.say(f"{target}: the numbers are not proven: {proof['unproven']}")
+    if found["doubt"] is not None:
+        request.say(f"{target}: {found['doubt']}")
     return proof
 
 
-def _compared(request: Request, result: Result, feeds: Sequence[Feeds] | None, allowed: float) -> dict[str, Any]:
+def _compared(
+    request: Request, result: Result, feeds: Sequence[Feeds] | None, allowed: equivalence.Bound
+) -> dict[str, Any]:
+    """The proof, for the manifest, and what to say of it."""
     shapes = request.options.shapes
     if feeds is None and _values(request.model, shapes):
         feeds = list(samples(request.model, request.seed, shapes))
@@ -397,17 +403,16 @@ def _compared(request: Request, result: Result, feeds: Sequence[Feeds] | None, a
             request.model, result.model, feeds=feeds, allowed=allowed, seed=request.seed, shapes=shapes
         )
     except UnsupportedModel as error:
-        return {"unproven": str(error)}
+        return {"proof": {"unproven": str(error)}, "doubt": None}
     report.require("the optimized model computes something else")
-    if report.doubt is not None:
-        request.say(f"{target}: {report.doubt}")
-    return {
+    proof = {
         "max_abs": _finite(max((d.max_abs for d in report.differences), default=0.0)),
         "relative": _finite(max((d.relative for d in report.differences), default=0.0)),
         "tolerance": _finite(report.tolerance),
         "samples": report.samples,
         "evaluator": report.engine,
     }
+    return {"proof": proof, "doubt": report.doubt}
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,257 @@
+"""Latency under ONNX Runtime: what `-O3 --target ort:cpu` makes of a model, against the model with all of ONNX Runtime's own optimizations.
+
+Both run in this process, one call each in turn (`graphopt.measure.interleave`), on 1 and on 2 threads. Where ONNX Runtime's transformers optimizer
+applies (``--transformers``), its result is a third contestant. ``--kernels`` compares single operators with the parts they stand for: what the
+passes for ort:cpu decide by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import typer
+from onnx import numpy_helper
+
+from benchmarks import graphs as catalogue
+from benchmarks.graphs import GraphsFolder, Patterns
+from benchmarks.harness import Column, DataFolder, JsonFile, MarkdownFile, Rounds, Seed, Table, contest, publish, script
+from graphopt import ir
+from graphopt.equivalence import difference
+from graphopt.errors import UsageError
+from graphopt.evaluate import evaluate_node
+from graphopt.pass_base import Context
+from graphopt.pipeline import Pipeline
+from graphopt.target import Target
+
+_LARGEST: Final = 400e6  # bytes of weights of a graph that is measured unless it is named alone
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def session(path: Path, threads: int, optimized: bool = True) -> ort.InferenceSession:
+    """A session on the CPU whose threads do not spin after a run, so that CPU seconds are billed to who used them."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimized:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def optimized(graph: catalogue.Graph, folder: Path, passes: str, target: Target) -> Path:
+    """The model that graphopt makes of `graph`."""
+    result = Pipeline.parse(passes).run(ir.load(graph.path), Context(target=target, evaluate=evaluate_node))
+    path = folder / f"{graph.name}.graphopt.onnx"
+    ir.save(result.model, path)
+    return path
+
+
+def by_transformers_optimizer(graph: catalogue.Graph, folder: Path) -> Path | None:
+    """What ONNX Runtime's transformers optimizer makes of it; None where it refuses or fuses no attention."""
+    from onnxruntime.transformers import optimizer
+
+    path = folder / f"{graph.name}.transformers.onnx"
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(None):
+            model = optimizer.optimize_model(str(graph.path), model_type="bert", opt_level=1, use_gpu=False)
+            model.save_model_to_file(str(path))
+        session(path, 1)
+    except Exception as error:  # it fails in many ways on models that it does not know
+        print(f"{graph.name}: the transformers optimizer fails: {type(error).__name__}: {str(error)[:100]}")
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+    return path
+
+
+def measured(
+    graph: catalogue.Graph, contestants: Mapping[str, Path], threads: int, feeds: Arrays, rounds: int, seed: int
+) -> dict[str, Any]:
+    """One row of the table."""
+    sessions = {name: session(path, threads) for name, path in contestants.items()}
+    expected = sessions["original"].run(None, feeds)
+    found = sessions["graphopt"].run(None, feeds)
+    gaps = [difference(str(i), a, b).relative for i, (a, b) in enumerate(zip(expected, found, strict=True))]
+    calls: dict[str, Callable[[], object]] = {
+        name: (lambda opened=opened: opened.run(None, feeds))  # type: ignore[misc]
+        for name, opened in sessions.items()
+    }
+    timings = contest(calls, rounds=rounds, seed=seed, title=f"{graph.name}, {threads} threads")
+    compared = timings.compare("original", "graphopt")
+    peer = timings.compare("original", "transformers").ratio if "transformers" in contestants else None
+    return {
+        "graph": graph.name,
+        "threads": str(threads),
+        "wall": float(np.median(timings.wall["original"])) * 1e3,
+        "ratio": compared.ratio,
+        "interval": f"{compared.interval_low:.3f} to {compared.interval_high:.3f}",
+        "cpu_ratio": compared.cpu_ratio,
+        "peer": peer,
+        "difference": max(gaps, default=0.0),
+        "verdict": compared.verdict,
+    }
+
+
+def latencies(
+    chosen: Sequence[catalogue.Graph], threads: Sequence[int], passes: str, peers: bool, rounds: int, seed: int
+) -> Table:
+    """All graphs on all numbers of threads."""
+    columns = [
+        *(Column("graph", "graph"), Column("threads", "threads", ">"), Column("wall", "original ms", ".4g")),
+        *(
+            Column("ratio", "ratio", ".3f"),
+            Column("interval", "interval", ">"),
+            Column("cpu_ratio", "CPU ratio", ".3f"),
+        ),
+        *(Column("peer", "transformers optimizer", ".3f"), Column("difference", "difference", ".0e")),
+        Column("verdict", "verdict"),
+    ]
+    table = Table(f"Latency of -p {passes!r} --target ort:cpu against the original under ONNX Runtime", columns)
+    with tempfile.TemporaryDirectory(prefix="graphopt-latency-") as folder:
+        for graph in chosen:
+            proto = onnx.load(graph.path)
+            feeds = graph.samples[0].feeds(proto, seed)
+            del proto
+            contestants = {
+                "original": graph.path,
+                "graphopt": optimized(graph, Path(folder), passes, Target("ort", "cpu")),
+            }
+            other = by_transformers_optimizer(graph, Path(folder)) if peers else None
+            if other is not None:
+                contestants["transformers"] = other
+            for count in threads:
+                table.add(**measured(graph, contestants, count, feeds, rounds, seed))
+    for count in threads:
+        ratios = [float(str(r["ratio"])) for r in table.rows if r["threads"] == str(count)]
+        if ratios:
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            worst = max(ratios)
+            table.note += f"{count} threads: geometric mean {mean:.3f}, highest {worst:.3f}, {len(ratios)} graphs. "
+    table.note += "Ratios are graphopt / original: below 1 is faster. The difference is relative to the largest output."
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------- single kernels
+
+
+def _node(op: str, operands: Sequence[str], results: Sequence[str], **attributes: Any) -> onnx.NodeProto:
+    contrib = attributes.pop("contrib", False)
+    return onnx.helper.make_node(op, operands, results, domain="com.microsoft" if contrib else "", **attributes)
+
+
+def kernel_contests(width: int) -> dict[str, dict[str, list[onnx.NodeProto]]]:
+    """What stands for what: a title, and ways to compute it from x and r of `width` columns."""
+    add, plus = _node("Add", ["x", "c"], ["a"]), _node("Add", ["a", "r"], ["s"])
+    norm = _node("LayerNormalization", ["s", "g", "b"], ["y"])
+    return {
+        "bias, residual and LayerNormalization": {
+            "Add, Add, LayerNormalization": [add, plus, norm],
+            "Sum, LayerNormalization": [_node("Sum", ["x", "c", "r"], ["s"]), norm],
+            "SkipLayerNormalization": [_node("SkipLayerNormalization", ["x", "r", "g", "b", "c"], ["y"], contrib=True)],
+        },
+        "bias and Gelu": {
+            "primitives": [
+                add,
+                _node("Div", ["a", "root"], ["d"]),
+                _node("Erf", ["d"], ["e"]),
+                _node("Add", ["e", "one"], ["p"]),
+                _node("Mul", ["a", "p"], ["q"]),
+                _node("Mul", ["q", "half"], ["y"]),
+            ],
+            "Add, Gelu": [add, _node("Gelu", ["a"], ["y"], contrib=True)],
+            "BiasGelu": [_node("BiasGelu", ["x", "c"], ["y"], contrib=True)],
+            "FastGelu": [_node("FastGelu", ["x", "c"], ["y"], contrib=True)],
+        },
+        "SiLU": {
+            "Sigmoid, Mul": [_node("Sigmoid", ["x"], ["a"]), _node("Mul", ["x", "a"], ["y"])],
+            "QuickGelu": [_node("QuickGelu", ["x"], ["y"], contrib=True, alpha=1.0)],
+        },
+    }
+
+
+def kernels(rounds: int, seed: int) -> Table:
+    """Single operators against their parts, ONNX Runtime's own fusions switched off."""
+    columns = [
+        *(Column("what", "what"), Column("rows", "rows", ">"), Column("width", "width", ">"), Column("way", "way")),
+        *(Column("ratio", "ratio", ".3f"), Column("cpu_ratio", "CPU ratio", ".3f"), Column("verdict", "verdict")),
+    ]
+    table = Table("Single operators against their parts, ONNX Runtime's CPU provider, 1 thread", columns)
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory(prefix="graphopt-kernels-") as folder:
+        for rows, width in ((17, 64), (64, 128), (64, 384), (128, 768)):
+            feeds = {name: rng.standard_normal((1, rows, width)).astype(np.float32) for name in ("x", "r")}
+            for what, ways in kernel_contests(width).items():
+                calls: dict[str, Callable[[], object]] = {}
+                for way, nodes in ways.items():
+                    path = _one_kernel(Path(folder) / f"{len(calls)}.onnx", nodes, width, rng)
+                    opened = session(path, 1, optimized=False)
+                    wanted = {i.name for i in opened.get_inputs()}
+                    fed = {name: array for name, array in feeds.items() if name in wanted}
+                    calls[way] = lambda opened=opened, fed=fed: opened.run(None, fed)  # type: ignore[misc]
+                timings = contest(calls, rounds=rounds, seed=seed, title=f"{what}, {rows} x {width}")
+                first = next(iter(calls))
+                for way in [*calls][1:]:
+                    found = timings.compare(first, way)
+                    table.add(
+                        what=what, rows=str(rows), width=str(width), way=f"{way} / {first}", ratio=found.ratio,
+                        cpu_ratio=found.cpu_ratio, verdict=found.verdict,
+                    )  # fmt: skip
+    return table
+
+
+def _one_kernel(path: Path, nodes: Sequence[onnx.NodeProto], width: int, rng: np.random.Generator) -> Path:
+    constants: Arrays = {name: rng.standard_normal(width).astype(np.float32) for name in ("c", "g", "b")}
+    constants |= {"root": np.float32(math.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}  # type: ignore[dict-item]
+    used = {name for node in nodes for name in node.input}
+    info = onnx.helper.make_tensor_value_info
+    inputs = [info(name, 1, ["b", "s", width]) for name in ("x", "r") if name in used]
+    weights = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items() if k in used]
+    graph = onnx.helper.make_graph(nodes, "kernel", inputs, [info("y", 1, ["b", "s", width])], weights)
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    return path
+
+
+def main(
+    graphs: Patterns = "*",
+    folder: GraphsFolder = None,
+    data: DataFolder = None,
+    passes: Annotated[str, typer.Option("--passes", "-p", metavar="PIPELINE", help="What graphopt runs.")] = "O3",
+    threads: Annotated[str, typer.Option("--threads", metavar="N[,N]", help="Intra-op threads, as '1,2'.")] = "1,2",
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Also ONNX Runtime's transformers optimizer (needs its packages).")
+    ] = False,
+    only_kernels: Annotated[bool, typer.Option("--kernels", help="Single operators against their parts.")] = False,
+    rounds: Rounds = 31,
+    seed: Seed = 0,
+    markdown: MarkdownFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    try:
+        counts = [int(count) for count in threads.split(",")]
+    except ValueError:
+        raise UsageError(f"--threads takes numbers, as in '1,2', not {threads!r}") from None
+    if only_kernels:
+        publish(kernels(rounds, seed), markdown=markdown, json_file=json_file)
+        return
+    home = catalogue.graphs_folder(folder)
+    found = [g for g in catalogue.catalogue(home, data) if catalogue.matches(g.name, graphs) and g.path.exists()]
+    chosen = [g for g in found if len(found) == 1 or g.path.stat().st_size < _LARGEST]
+    if not chosen:
+        raise UsageError(f"no graph in {str(home)!r} fits {graphs!r}; make them with python -m benchmarks.graphs")
+    table = latencies(chosen, counts, passes, transformers, rounds, seed)
+    publish(table, markdown=markdown, json_file=json_file)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -42,11 +42,12 @@ PRESETS: Final[dict[str, str]] = {
     # Constants into the weights beside them: each rounds once.
     "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
-    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-layer-norm{raise-opset=false},fuse-gelu{contrib=false},"
+    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,"
+    "fuse-layer-norm{raise-opset=false},fuse-rms-norm,fuse-gelu{contrib=false},fuse-global-average-pool,fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
-    "fuse-for-target": "fuse-layer-norm,fuse-gelu,fuse-weights,fuse-attention,lower-gemm,"
-    "sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-skip-layer-norm,fuse-bias-gelu",
+    "fuse-for-target": "fuse-layer-norm,fuse-rms-norm,fuse-gelu,fuse-global-average-pool,fuse-depth-to-space,"
+    "fuse-weights,fuse-attention,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-skip-layer-norm,fuse-bias-gelu",
     "O3": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",

@@ -1,0 +1,73 @@
+"""The mean over all spatial axes is GlobalAveragePool, which ONNX Runtime computes on the blocks that its convolutions write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Exactness, Pass
+
+_READS_BLOCKS = frozenset(
+    {"Conv", "Relu", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "Sigmoid", "HardSigmoid", "Clip"}
+)
+
+
+@dataclass(frozen=True)
+class FuseGlobalAveragePool(Pass):
+    """Pool behind convolutions instead of taking the mean.
+
+    Before:
+        g (float[N,1,4,4] x) => (float[N,1,1,1] y)
+        <float[1,1,1,1] w = {2}, int64[2] axes = {2,3}>
+        { c = Conv (x, w)
+          y = ReduceMean (c, axes) }
+    After:
+        g (float[N,1,4,4] x) => (float[N,1,1,1] y)
+        <float[1,1,1,1] w = {2}>
+        { c = Conv (x, w)
+          y = GlobalAveragePool (c) }
+    """
+
+    exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceMean"})
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep; returns the number of means replaced."""
+        shapes, edit = ctx.analysis(Shapes, model), Editor(model)
+        done = 0
+        for node in list(model.nodes()):
+            if node.op != "ReduceMean" or not node.is_onnx:
+                continue
+            reason = _objection(node, shapes, edit)
+            if reason is not None:
+                ctx.remark(node, f"no GlobalAveragePool: {reason}")
+                continue
+            if not ctx.admit():
+                break
+            result = node.outputs[0]
+            node.outputs.clear()
+            edit.insert_before(node, Node("GlobalAveragePool", node.name, {}, [node.inputs[0]], [result]), (node,))
+            edit.erase(node)
+            done += 1
+        edit.commit()
+        return done
+
+
+def _objection(node: Node, shapes: Shapes, edit: Editor) -> str | None:
+    shape, dtype = shapes.shape(node.inputs[0]), shapes.dtype(node.inputs[0])
+    if shape is None or len(shape) < 3 or dtype is None or dtype.kind != "f":
+        return "it is not of floats with batch, channels and space"
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1 and node.inputs[1].name and edit.is_fixed(node.inputs[1]):
+        axes = node.inputs[1].values.reshape(-1).tolist()
+    if not axes or sorted(int(a) % len(shape) for a in axes) != list(range(2, len(shape))):
+        return "it is over other axes than all spatial ones"
+    if not node.attrs.get("keepdims", 1):
+        return "it drops the axes"
+    producer = edit.producer(node.inputs[0])
+    if producer is None or producer.op not in _READS_BLOCKS:
+        return "no convolution or its like comes before it"
+    return None

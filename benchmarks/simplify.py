@@ -23,6 +23,7 @@ With ``--resume FOLDER`` each graph's outcomes are kept there, and a run that wa
 
 from __future__ import annotations
 
+import compileall
 import functools
 import hashlib
 import json
@@ -787,6 +788,8 @@ def main(
 ) -> None:
     interpreter = python or os.environ.get(PEERS_VARIABLE) or sys.executable
     names = chosen_peers(peers, interpreter)
+    for folder_of_ours in ("graphopt", "passes", "backends"):  # as pip has done with the peers' modules
+        compileall.compile_dir(ROOT / folder_of_ours, quiet=1)
     results: Results = {}
     sources = _digest(*sorted([*(ROOT / "graphopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]))
     for graph in selected(graphs_folder(folder), data, graphs, interpreter):

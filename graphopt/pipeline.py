@@ -34,8 +34,8 @@ PRESETS: Final[dict[str, str]] = {
     "O0": "",
     "O1": "eliminate-identity,fold-constants,eliminate-dead",
     # Exact rewrites: exporter debris, shape arithmetic, no-ops, chains, transposes.
-    "simplify": "inline-functions,lower-cast-like,fixpoint("
-    "inline-if,eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
+    "simplify": "inline-functions,eliminate-dead,fixpoint("
+    "lower-cast-like,inline-if,eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
     "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,"
     "fuse-slice-squeeze,split-slices,merge-reshapes,merge-slices,merge-concats,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",
@@ -458,7 +458,6 @@ class _Parser:
 
     def options(self, name: str, kind: type[Pass]) -> Pass:
         values: dict[str, Any] = {}
-        types_of = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         begin = self.at
         if self.take("{"):
@@ -483,7 +482,7 @@ class _Parser:
                 start = self.at
                 raw = self.value()
                 try:
-                    values[key] = convert(raw, types_of[key])
+                    values[key] = convert(raw, typing.get_type_hints(kind)[key])
                 except ValueError as error:
                     self.fail(f"{name}: option {match.group()!r}: {error}", start)
                 if not self.take(",") and not self.peek("}"):

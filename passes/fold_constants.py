@@ -136,7 +136,8 @@ class _Plan:
             allowed = self.options.max_value
             if self.options.budget is not None:
                 allowed = min(allowed, given + self.options.budget)
-            size = _output_bytes(self.model, node, operands, allowed)
+            fill = _fill(node, operands)
+            size = fill.nbytes if fill is not None else _output_bytes(self.model, node, operands, allowed)
             if size is None and self.options.budget is not None:
                 return "constant, but of unknown size; allow it with fold-constants{budget=none}"
             if size is not None and size > allowed:
@@ -147,7 +148,7 @@ class _Plan:
                 )
                 return f"constant, but {size:,} bytes large; {advice}"
             try:
-                arrays = self.ctx.evaluate(self.model, node, operands)
+                arrays = [fill] if fill is not None else self.ctx.evaluate(self.model, node, operands)
             except GraphoptError as error:
                 return f"constant, but cannot be evaluated: {error}"
         if not self.ctx.admit():
@@ -168,7 +169,9 @@ class _Plan:
         names.update(t.name for g in graphs for n in g.nodes for t in n.outputs)
         for value in stored:
             name = value.tensor.name
-            constant = Constant(name if names[name] == 1 else self.edit.fresh_name(name), value.array)
+            constant = Constant(
+                name if names[name] == 1 else self.edit.fresh_name(name), np.asarray(value.array, order="C")
+            )
             for reader in list(value.tensor.outputs):
                 for index, tensor in enumerate(reader.inputs):
                     if tensor is value.tensor and id(reader) not in self.folds:
@@ -232,6 +235,16 @@ class _Plan:
 def _stored(nbytes: int, tensor: gs.Tensor) -> int:
     """Bytes of an initializer in a file: its values, name, dimensions and tags."""
     return nbytes + len(tensor.name) + 64
+
+
+def _fill(node: Node, operands: list[Array | None]) -> Array | None:
+    """What a ConstantOfShape makes, as a view of one number: it is written out where it is stored, if it is."""
+    if node.op != "ConstantOfShape" or operands[0] is None or (operands[0] < 0).any() or operands[0].size > 32:
+        return None
+    value = np.asarray(node.attrs["value"].values) if "value" in node.attrs else np.zeros(1, np.float32)
+    if value.size != 1 or math.prod(operands[0].tolist()) > 1 << 40:
+        return None
+    return np.broadcast_to(value.reshape(()), tuple(operands[0].tolist()))
 
 
 def _constant(node: Node) -> list[Array] | None:

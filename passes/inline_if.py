@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -39,6 +39,8 @@ class InlineIf(Pass):
           c = Exp (n)
           y = Sqrt (c) }
     """
+
+    ops: ClassVar[frozenset[str] | None] = frozenset({"If"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep, outer before inner; returns the number of Ifs replaced."""

@@ -295,10 +295,10 @@ class _Wide:
 
     def do_split(self) -> None:
         """Parts of a fixed axis, put together in some order."""
-        v = self.pick(lambda v: any(v.shape[a] != 1 for a in v.fixed()))
+        v = self.pick(lambda v: any(v.shape[a] > 1 for a in v.fixed()))
         if v is None:
             return
-        axis = self.draw(st.sampled_from([a for a in v.fixed() if v.shape[a] != 1]))
+        axis = self.draw(st.sampled_from([a for a in v.fixed() if v.shape[a] > 1]))
         size = int(v.shape[axis])
         first = self.draw(st.integers(1, size - 1))
         parts = [first, size - first]

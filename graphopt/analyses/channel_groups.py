@@ -110,6 +110,7 @@ class ChannelGroups:
         """Analyse `model`; `carriers` says for a Reshape, by node name, which axis of a split carries the channels."""
         self.model = model
         self.relation_of = relation_of
+        self._inputs = {id(t) for graph in model.graphs() for t in graph.inputs}
         self.shapes = Shapes(model)
         self.contractions: list[Contraction] = []
         self.balances: list[tuple[Array, ...]] = []
@@ -180,11 +181,15 @@ class ChannelGroups:
         """Record axes that are channels in the users' sense, free or not."""
         self._seen.extend(axis for axis in axes if axis is not None)
 
+    def is_fixed(self, tensor: gs.Tensor) -> bool:
+        """As `Model.is_fixed`, without a walk over the model."""
+        return isinstance(tensor, gs.Constant) and (id(tensor) not in self._inputs or self.model.ir_version < 4)
+
     def weight(self, tensor: gs.Constant) -> _Weight:
         """The record of a constant, with atoms on every axis of more than one index."""
         found = self._weights.get(id(tensor))
         if found is None:
-            free = _is_weight(tensor) and self.model.is_fixed(tensor)
+            free = _is_weight(tensor) and self.is_fixed(tensor)
             labels = tuple(self.fresh(int(n)) if free and n > 1 else None for n in tensor.shape)
             found = self._weights[id(tensor)] = _Weight(tensor, labels)
         return found
@@ -450,7 +455,9 @@ class ChannelGroups:
             else:
                 for axis, atoms in enumerate(weight.labels):
                     if atoms is not None:
-                        values = np.take(values, kept.indices(atoms), axis)
+                        # np.take would first write out a weight that is one number repeated
+                        where: tuple[Any, ...] = (*[slice(None)] * axis, kept.indices(atoms))
+                        values = values[where]
             if values.shape != tuple(weight.tensor.shape):
                 replaced[key] = edit.constant(weight.tensor.name, np.ascontiguousarray(values))
         for node in self.model.graph.nodes:

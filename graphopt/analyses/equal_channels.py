@@ -131,11 +131,11 @@ class EqualChannels:
         key = (id(tensor), axis)
         if key not in self._rows:
             values = np.asarray(tensor.values)
-            if values.strides[axis] == 0 or not values.shape[axis]:
+            if values.strides[axis] == 0 or not values.shape[axis] or _is_one_number(values):
                 self._rows[key] = np.zeros(values.shape[axis], np.int64)
             else:
                 first: dict[bytes, int] = {}
-                slices = (values.take(i, axis).tobytes() for i in range(values.shape[axis]))
+                slices = (part.tobytes() for part in np.moveaxis(values, axis, 0))
                 self._rows[key] = np.array([first.setdefault(s, len(first)) for s in slices], np.int64)
         return self._rows[key]
 
@@ -242,7 +242,7 @@ class EqualChannels:
     def _columns(self, node: Node, atoms: Array) -> Columns | None:
         """Where the columns of the constant are that `node` sums over channels with; None where they cannot be added up."""
         weight = node.inputs[1]
-        if not isinstance(weight, Constant) or len(weight.outputs) != 1 or not self.groups.model.is_fixed(weight):
+        if not isinstance(weight, Constant) or len(weight.outputs) != 1 or not self.groups.is_fixed(weight):
             return None
         if any(weight is t for t in self.groups.model.graph.outputs):
             return None
@@ -274,6 +274,14 @@ class _Colors:
                 found = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
             self.of[there] = self._next + found
             self._next += len(there)
+
+
+def _is_one_number(values: Array) -> bool:
+    """Whether all bits of all elements agree; the first two elements tell it of most that do not."""
+    if values.itemsize not in (2, 4, 8):
+        return False
+    bits = np.ascontiguousarray(values).reshape(-1).view(f"u{values.itemsize}")
+    return bool(bits[0] == bits[-1] and (bits == bits[0]).all())
 
 
 def _combined(partitions: Sequence[Partition]) -> Partition:

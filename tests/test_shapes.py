@@ -209,6 +209,19 @@ def test_two_symbols_do_not_broadcast_to_either() -> None:
     assert dims[0] not in ("N", "M")
 
 
+def test_a_table_cut_to_the_length_of_what_it_is_added_to_keeps_that_length() -> None:
+    text = """g (float[N,S,4] x, float[1,512,4] table) => (float y) <int64[1] zero = {0}, int64[1] one = {1}>
+    { length = Shape <start = 1, end = 2> (x)
+      part = Slice (table, zero, length, one)
+      y = Add (x, part) }"""
+    assert facts(text, "part")[0] == ["1", "min(512,S)", "4"]
+    assert facts(text, "y")[0] == ["N", "S", "4"]
+    beside_another = text.replace("y = Add (x, part)", "y = Add (z, part)").replace("] x,", "] x, float[N,T,4] z,", 1)
+    dims = facts(beside_another, "y")[0]
+    assert dims is not None
+    assert dims[1] not in ("S", "T", "min(512,S)")
+
+
 def test_declared_shapes_of_intermediate_values_are_not_believed() -> None:
     text = "g (float[N,2] x) => (float y) <float[7,2] a> { a = Relu (x) y = Neg (a) }"
     assert facts(text, "y") == (["N", "2"], None)

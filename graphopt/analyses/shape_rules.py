@@ -114,13 +114,15 @@ def _value_of(*ops: str) -> Callable[[Handler], Handler]:
 
 
 def broadcast(shapes: Sequence[Shape], fresh: Callable[[], Dim]) -> Shape:
-    """NumPy's broadcasting on symbols: equal dimensions stay, 1 gives way, a number other than 1 wins over a symbol, and two
-    different symbols give a dimension of which nothing is known (`fresh`)."""
+    """NumPy's broadcasting on symbols: equal dimensions stay, 1 gives way, a number other than 1 wins over a symbol, ``min(S,512)``
+    gives way to ``S`` (beside which it can be nothing but ``S`` or 1), and two other symbols give a dimension of which nothing is
+    known (`fresh`)."""
     rank = max(map(len, shapes))
     result: list[Dim] = []
     for axis in range(-rank, 0):
         dims = [s[axis] for s in shapes if len(s) >= -axis]
         dims = list(dict.fromkeys(d for d in dims if d != 1))
+        dims = [d for d in dims if not any(_is_cut(d, other) for other in dims)]
         numbers = [d for d in dims if isinstance(d, int)]
         if not dims:
             result.append(1)
@@ -133,6 +135,16 @@ def broadcast(shapes: Sequence[Shape], fresh: Callable[[], Dim]) -> Shape:
         else:
             raise ValueError(f"dimensions {numbers} do not broadcast")
     return tuple(result)
+
+
+def _is_cut(dim: Dim, whole: Dim) -> bool:
+    """Whether `dim` is ``min(whole, n)`` with a number above 1: as long as the two broadcast, `whole` is what comes out."""
+    if not isinstance(dim, Expr) or not dim.is_atom:
+        return False
+    atom = dim.terms[0][0][0]
+    if isinstance(atom, str) or atom.name != "min" or whole not in atom.arguments:
+        return False
+    return all(a == whole or (isinstance(a, int) and a > 1) for a in atom.arguments)
 
 
 @_shape_of(
@@ -293,7 +305,9 @@ def _clamped(bound: Dim, dim: Dim) -> Dim | None:
         gap = symbolic.add(dim, -bound)
         return bound if symbolic.is_nonnegative(gap) else symbolic.minimum(dim, bound)
     gap = symbolic.add(dim, symbolic.multiply(bound, -1))
-    return bound if symbolic.is_nonnegative(bound) and symbolic.is_nonnegative(gap) else None
+    if not symbolic.is_nonnegative(bound):
+        return None
+    return bound if symbolic.is_nonnegative(gap) else symbolic.minimum(dim, bound)
 
 
 @_shape_of("Range")

@@ -177,7 +177,13 @@ def shares(rows: Sequence[tuple[str, Mapping[str, int]]]) -> str:
                     place, count, left=start, height=0.6, color=(_FIRST, _SECOND, _WARN)[min(number, 2)], alpha=0.85
                 )
                 axes.annotate(
-                    f"{name}: {count}", (start + count / 2, place), ha="center", va="center", size=8, parse_math=False
+                    f"{name}: {count}",
+                    (start + count / 2, place),
+                    ha="center",
+                    va="center",
+                    size=8,
+                    color=_PAGE,
+                    parse_math=False,
                 )
                 start += count
         axes.set_yticks(range(len(rows)), [r[0] for r in reversed(rows)], parse_math=False)

@@ -256,20 +256,21 @@ def _pairs(here: Tapped, there: Tapped, sample: Feeds) -> dict[str, tuple[str, s
 
     _by_node(here, there, pairs, taken, "origin", alike)
     pools: dict[Any, list[str]] = {}
-    for name, sketch in left.items():
-        pools.setdefault(sketch.kind, []).append(name)
+    for name in (n for n in left if n not in pairs):
+        pools.setdefault(left[name].kind, []).append(name)
+    tables = {key: np.stack([left[n].values for n in names]) for key, names in pools.items()}
     for other, sketch in right.items():
-        if other in taken:
+        if other in taken or sketch.kind not in pools:
             continue
-        pool = [n for n in pools.get(sketch.kind, []) if n not in pairs]
-        if not pool:
-            continue
-        gaps = np.abs(np.stack([left[n].values for n in pool]) - sketch.values)
+        table = tables[sketch.kind]
+        gaps = np.abs(table - sketch.values)
         gap = np.where(np.isnan(gaps), np.inf, gaps).max(axis=1)
         best = int(np.argmin(gap))
-        if gap[best] <= _ALIKE * max(left[pool[best]].scale, 1e-30):
-            pairs[pool[best]] = (other, "value")
+        name = pools[sketch.kind][best]
+        if gap[best] <= _ALIKE * max(left[name].scale, 1e-30):
+            pairs[name] = (other, "value")
             taken.add(other)
+            table[best] = np.inf  # taken
     _by_node(here, there, pairs, taken, "node", alike)
     _by_place(here, there, pairs, taken, alike)
     return pairs
@@ -311,7 +312,8 @@ def _by_place(
     alike: Callable[[str, str], bool],
 ) -> None:
     """Pair what is left between two pairs, the last ones first: what a fusion leaves stands for the end of what it replaced."""
-    at = {name: index for index, name in enumerate(there.tensors)}
+    names = list(there.tensors)
+    at = {name: index for index, name in enumerate(names)}
     gap: list[str] = []
     low = -1
     for name in [*here.tensors, None]:
@@ -319,7 +321,7 @@ def _by_place(
             gap.append(name)
             continue
         high = len(at) if name is None else at[pairs[name][0]]
-        between = [n for n in list(there.tensors)[low + 1 : high] if n not in taken] if gap and high > low else []
+        between = [n for n in names[low + 1 : high] if n not in taken] if gap and high > low else []
         for mine in reversed(gap):
             for index in range(len(between) - 1, -1, -1):
                 other = between[index]

@@ -101,7 +101,7 @@ class Recovery:
                 break
             known.update(dict.fromkeys(fresh))
         model.graph, model.carried = tried.model.graph, tried.model.carried
-        self._compare = tried.compare
+        self._verify, self._compare = tried.verify, tried.compare
         ctx.admitted, ctx.uncounted, ctx.spent = tried.ctx.admitted, tried.ctx.uncounted, tried.ctx.spent
         ctx.remarks[:] = [*ctx.remarks, *tried.ctx.remarks]
         return tried.rewrites
@@ -116,9 +116,9 @@ class Recovery:
         most = ctx.limit if limit is None else ctx.admitted + limit
         own = replace(ctx, limit=most, remarks=[], spent=copy.deepcopy(ctx.spent), analyses={})
         work = model.clone()
-        compare = copy.copy(self._compare)
+        verify, compare = copy.copy(self._verify), copy.copy(self._compare)
         compare.reports = []
-        trial = _Trial(work, own, compare)
+        trial = _Trial(work, own, verify, compare)
         if own.exhausted:
             return trial
         uncover = cover(work, self._covered.get(step.pass_name(), ()))
@@ -126,7 +126,7 @@ class Recovery:
             trial.rewrites = apply(step, work, own)
             uncover()
             if self._proves:
-                self._verify.after_pass(step, work, own, trial.rewrites)
+                verify.after_pass(step, work, own, trial.rewrites)
                 if self._check and trial.rewrites:
                     FullCheck().after_pass(step, work, own, trial.rewrites)
                 compare.after_pass(step, work, own, trial.rewrites)
@@ -155,6 +155,7 @@ class _Trial:
 
     model: Model
     ctx: Context
+    verify: Verify
     compare: Compare
     rewrites: int = 0
     error: Exception | None = None

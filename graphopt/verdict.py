@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from graphopt import equivalence
+from graphopt import equivalence, isolation
 from graphopt.backend import ShapeRange
 from graphopt.errors import NotEquivalent, UnsupportedModel, UsageError
 from graphopt.ir import Model, save
@@ -141,6 +141,7 @@ class Command:
             )
         except OSError as error:
             raise UsageError(f"--cmd: cannot run {self.parts[0]!r}: {error.strerror or error}") from None
+        isolation.progress()
         try:
             return process.wait(self.timeout)
         except subprocess.TimeoutExpired:
@@ -149,6 +150,7 @@ class Command:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # also what a finished command left behind
             process.wait()
+            isolation.progress()
 
 
 def _signal_name(number: int) -> str:

@@ -100,7 +100,7 @@ def test_what_cannot_be_told_is_skipped_and_named_where_it_hides_the_turn() -> N
         ("nan", "differ in NaN or infinity"),
         ("raise", "RuntimeError: on purpose"),
         ("dangling", "reads 'ghost' before it is defined"),
-        ("interface", "outputs changed"),
+        ("interface", "output 'y' changed"),
         ("operator", "the candidate cannot"),
     ],
 )

@@ -21,6 +21,7 @@ from graphopt.commands.arguments import (
     read_samples,
     write_report,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, out
 from graphopt.errors import InternalError, UsageError
 
@@ -42,6 +43,7 @@ Timeout = Annotated[
 ]
 
 
+@contained(default=True)
 def bisect(
     model: ModelFile,
     data: Annotated[

@@ -18,9 +18,11 @@ from graphopt.commands.arguments import (
     read_arrays,
     write_report,
 )
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, say
 
 
+@contained(default=False)
 def reduce(
     model: ModelFile,
     cmd: Annotated[

@@ -39,12 +39,12 @@ Array = np.ndarray[Any, Any]
 
 _ATTEMPTS: Final = 5  # at the latency that was asked for
 _MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
-_MEASURING: Final = 2e12  # multiply-accumulates that measuring may take
+_MEASURING: Final = 1e12  # multiply-accumulates that measuring may take
 _ALIGNMENT: Final = (
     8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
 )
 _OVERSHOOT: Final = 0.04  # of the cost: more is not removed only for the sake of widths that the hardware likes
-_MEMORY: Final = 5 << 29  # bytes of activations
+_MEMORY: Final = 1 << 31  # bytes of activations
 _BATCH: Final = 32
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
@@ -170,6 +170,30 @@ class PruneChannels(Pass):
         found = residual_blocks(model, groups.shapes) if wanted and feeds else []
         return [block for block in found if not self._named([block.join, *block.nodes])]
 
+    def _candidates(
+        self, model: Model, groups: ChannelGroups, feeds: Feeds, ctx: Context
+    ) -> tuple[list[Curve], list[Array], list[Block]]:
+        """All that could go, with damages: curves of channels and of blocks. Kept with the samples, since it is what takes time."""
+        told = self.importance, self.keep, self.exclude, self.heads, self.samples, ctx.seed
+        blocks = self._blocks(model, groups, feeds)
+        key = "prune-channels", model.fingerprint(), told, tuple(blocks)
+        memo = {} if ctx.data is None else ctx.data.memo
+        if key not in memo:
+            curves, costs = self._curves(groups, feeds, ctx)
+            if blocks:
+                some = self._some(groups, 3 * len(blocks), feeds)
+                step = functools.partial(ctx.progress, "measuring blocks")
+                lines = chains(model, blocks)
+                for order, errors in allocation.measure_blocks(
+                    model, blocks, lines, some, ctx.evaluate, ctx.seed, step
+                ):
+                    curves.append(Curve(Family((), ()), [(-1 - k,) for k in order], [0.0, *errors]))
+                    costs.append(np.maximum.accumulate([0.0, *errors]))
+            for line in curves:
+                line.weights.clear()  # they have been measured
+            memo[key] = curves, costs
+        return *memo[key], blocks
+
     def _curves(self, groups: ChannelGroups, feeds: Feeds, ctx: Context) -> tuple[list[Curve], list[Array]]:
         """How each family shrinks, and with what damage after each step."""
         free = {id(g) for g in self._free(groups)}
@@ -197,15 +221,7 @@ class PruneChannels(Pass):
         self, model: Model, groups: ChannelGroups, feeds: Feeds, goal: float, ctx: Context
     ) -> tuple[list[tuple[int, ...]], list[Block]]:
         """What to remove: classes, in the sets in which they go, and blocks."""
-        curves, costs = self._curves(groups, feeds, ctx)
-        blocks = self._blocks(model, groups, feeds)
-        if blocks:
-            some = self._some(groups, 3 * len(blocks), feeds)
-            told = functools.partial(ctx.progress, "measuring blocks")
-            lines = chains(model, blocks)
-            for order, errors in allocation.measure_blocks(model, blocks, lines, some, ctx.evaluate, ctx.seed, told):
-                curves.append(Curve(Family((), ()), [(-1 - k,) for k in order], [0.0, *errors]))
-                costs.append(np.maximum.accumulate([0.0, *errors]))
+        curves, costs, blocks = self._candidates(model, groups, feeds, ctx)
         parts = [block.nodes for block in blocks]
         wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
         if self.target == "latency":

@@ -499,6 +499,17 @@ def test_outputs_inputs_and_unknown_operators_pin_and_say_so() -> None:
     assert "3 channels stay" in reasons
 
 
+def test_dimension_that_an_output_declares_by_name_keeps_its_name() -> None:
+    model = ir.parse("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[1,2,4,4] x) => (float[1,C,4,4] y)
+        <float[3,2,1,1] a = {1,1,1,1,1,1}, float[2,3,1,1] b = {1,1,1,1,1,1}>
+        { c = Conv (x, a)
+          y = Conv (c, b) }
+    """)
+    assert check_law(model, 0, 0.4) > 0
+
+
 def test_channel_read_by_a_body_stays() -> None:
     groups = groups_of("""
         <ir_version: 8, opset_import: ["": 17]>

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,7 +29,7 @@ from graphopt.analyses import channel_relations
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor, captures
 from graphopt.elements import stored_bytes
-from graphopt.ir import Constant, Model, Node, subgraphs
+from graphopt.ir import Constant, Graph, Model, Node, subgraphs
 
 Array = np.ndarray[Any, Any]
 Axis = Array | None  # an atom for each index, or None: nothing tracks this axis, every index stays
@@ -335,7 +335,14 @@ class ChannelGroups:
         for root in sorted({int(r) for axis in self._seen for r in self.roots[axis]} & self.pins.keys()):
             reasons[self.pins[root]] += 1
         ordered = sorted(reasons.items(), key=lambda item: -item[1])
-        return [f"{count} channels stay: {why}" for why, count in ordered]
+        inside: dict[str, int] = defaultdict(int)
+        for node in self.model.graph.nodes:
+            for body in subgraphs(node):
+                layers = sum(n.op in (*_MATRIX, *_GATES) for n in _all_nodes(body))
+                if layers:
+                    inside[f"node {node.name!r} ({node.op})"] += layers
+        bodies = [f"{count} layers stay: they are in the body of {where}" for where, count in inside.items()]
+        return [f"{count} channels stay: {why}" for why, count in ordered] + bodies
 
     def weights(self) -> list[tuple[Constant, Labels]]:
         """All constants with tracked axes."""
@@ -471,7 +478,7 @@ class ChannelGroups:
                 labels = self._labels.get(id(tensor))
                 if labels is not None and tensor.shape is not None and len(tensor.shape) == len(labels):
                     tensor.shape = tuple(
-                        dim if atoms is None else kept.count(atoms)
+                        dim if atoms is None or kept.mask(atoms).all() else kept.count(atoms)
                         for dim, atoms in zip(tensor.shape, labels, strict=True)
                     )
 
@@ -555,6 +562,14 @@ class ChannelGroups:
             size = np.dtype(tensor.dtype).itemsize if in_bytes else 1
             found.append(product(factors, [reader.name for reader in tensor.outputs], float(size)))
         return found
+
+
+def _all_nodes(graph: Graph) -> Iterator[Node]:
+    """The nodes of a body, and of the bodies in it."""
+    for node in graph.nodes:
+        yield node
+        for body in subgraphs(node):
+            yield from _all_nodes(body)
 
 
 def _is_weight(tensor: gs.Constant) -> bool:

@@ -30,7 +30,13 @@ for number, share in enumerate(shares):
 """
 _TORCH_PRUNING: Final = """
 import json, sys
-import numpy as np, onnx, torch, torch_pruning
+from unittest.mock import MagicMock
+import numpy as np, onnx, torch
+try:
+    import torchvision.ops
+except Exception:  # built for another torch; the two only need it for detection's operators
+    sys.modules.update({n: MagicMock() for n in ("torchvision", "torchvision.ops", "torchvision.models")})
+import torch_pruning
 from onnx2torch import convert
 samples, folder, shares = np.load(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 name = samples.files[0]

@@ -23,6 +23,7 @@ from graphopt import coverage, isolation, measure
 from graphopt.analyses import calibration, weights
 from graphopt.analyses.macs import macs
 from graphopt.analyses.placement import operators
+from graphopt.analyses.quantized import forms
 from graphopt.analyses.twins import Switches, Twin, judge
 from graphopt.backend import Kernel
 from graphopt.coverage import Layer
@@ -392,6 +393,13 @@ class _Search:
         self.notes.append(f"equalize-channels: {old:.1f} -> {new:.1f} dB as written")
 
     def run(self) -> Outcome:
+        known = forms(self.floating)
+        if known:
+            told = ", ".join(f"{count} {form}" for form, count in known.items())
+            self.say(
+                f"the model is quantized already ({told}): that is kept, only what is float is quantized; "
+                "-p 'dequantize,default' makes all of it anew"
+            )
         self._equalize()
         excluded: tuple[str, ...] = ()
         if self.wish.gate and self.on_kernels and self.result(()).rewrites:

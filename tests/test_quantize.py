@@ -191,6 +191,32 @@ def test_every_form_of_quantization_is_recognised() -> None:
     assert list(forms(run("quantize-qdq", vit, data=data).model)) == ["Q/DQ pairs"]
 
 
+def test_a_quantized_model_is_made_float_again_by_choice(tmp_path) -> None:
+    resnet, data = net("resnet")
+    judge = int8.Judge(resnet, open_data({"x": DIGITS["x_test"][:100]}, resnet.inputs), None)
+    for text in ("quantize-qdq", "quantize-weights"):
+        again = run("dequantize,default", run(text, resnet, data=data).model).model
+        assert forms(again) == {}
+        assert judge.score(again, True).sqnr > 40
+    vit, _ = net("vit")
+    again = run("dequantize,default", run("quantize-dynamic", vit).model).model
+    assert forms(again) == {}
+    assert ops(again)["MatMul"] == ops(vit)["MatMul"]
+
+
+def test_operators_on_codes_become_their_float_selves() -> None:
+    text = """g (float[1,2,3,3] x) => (float[1,3,3,3] y)
+    <float s = {0.01}, uint8 z = {128}, float[3] v = {0.01, 0.02, 0.03}, int8[3] n = {0, 0, 0}, int8[3,2,1,1] w = {1, 2, 3, 4, 5, 6},
+     int32[3] b = {1000, 2000, 3000}, float t = {0.02}>
+    { q = QuantizeLinear (x, s, z) c = QLinearConv (q, s, z, w, v, n, t, z, b) y = DequantizeLinear (c, t, z) }"""
+    model = random_model(text)
+    result = run("dequantize", model).model
+    assert ops(result) == {"Conv": 1}
+    sample = {"x": RNG.uniform(-1, 1, (1, 2, 3, 3)).astype(np.float32)}
+    before, after = (Evaluator(m).run(sample)["y"] for m in (model, result))
+    np.testing.assert_allclose(before, after, atol=0.012)
+
+
 def test_dynamic_products_run_in_int8_and_weights_alone_shrink_the_file() -> None:
     vit, _ = net("vit")
     judge = int8.Judge(vit, open_data({"x": DIGITS["x_test"]}, vit.inputs), DIGITS["y_test"])

@@ -39,6 +39,8 @@ class Data(ABC):
 
     name: str  # for messages
     count: int | None  # samples, where known without reading them all
+    cache: Path | None = None  # folder for what is computed from them and worth keeping
+    watch: Callable[[int, int | None], None] | None = None  # is told samples done, and samples in all
 
     @functools.cached_property
     def memo(self) -> dict[Any, Any]:

@@ -27,7 +27,7 @@ from graphopt.analyses.quantized import forms
 from graphopt.analyses.twins import Switches, Twin, judge
 from graphopt.backend import Kernel
 from graphopt.coverage import Layer
-from graphopt.data import Data
+from graphopt.data import Data, ListData
 from graphopt.discovery import find_pass
 from graphopt.errors import UnsupportedModel, UsageError
 from graphopt.evaluate import evaluate_node
@@ -68,10 +68,11 @@ class Sensitivity:
     name: str
     op: str
     sqnr: float  # dB, of the outputs, this layer alone
+    own: float | None = None  # dB, of the layer's own result
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"name": self.name, "op": self.op, "sqnr_db": round(self.sqnr, 2)}
+        return {"name": self.name, "op": self.op, "sqnr_db": round(min(self.sqnr, 200.0), 2), "layer_sqnr_db": self.own}
 
 
 @dataclass
@@ -575,7 +576,12 @@ def layer_sqnr(model: Model, step: Any, data: Data, ctx: Context) -> dict[str, f
         return {}
     work = calibration.effort(model, data)
     _, shares = judge(model, twins, data.head(work.samples(_LAYER_WORK, 8, _RANKED_ON), work.at_once))
-    return {name: round(-10 * float(np.log10(max(share, 1e-20))), 2) for name, share in shares.items()}
+    return {name: _decibels(share) for name, share in shares.items()}
+
+
+def _decibels(share: float) -> float:
+    """SQNR of an error that is this share of the power."""
+    return round(-10 * float(np.log10(max(share, 1e-20))), 2)
 
 
 def sensitivity(
@@ -603,7 +609,8 @@ def sensitivity(
     reference = [a for f in feeds for a in switches.run(f, ()).values() if a.dtype.kind == "f"]
     ops = {n.name: n.op for n in model.graph.nodes}
     found = []
+    _, shares = judge(model, twins, ListData("the ranking", feeds))
     for name in twins:
         other = [a for f in feeds for a in switches.run(f, (name,)).values() if a.dtype.kind == "f"]
-        found.append(Sensitivity(name, ops[name], sqnr(reference, other)))
+        found.append(Sensitivity(name, ops[name], sqnr(reference, other), _decibels(shares[name])))
     return sorted(found, key=lambda s: s.sqnr)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from graphopt import ir
+from graphopt.analyses import calibration
 from graphopt.analyses.calibration import Runner, Statistics, calibrate
 from graphopt.analyses.ranges import METHODS, SIGNED, UNSIGNED, affine, find_range
 from graphopt.data import ArrayData, open_data
@@ -165,3 +166,41 @@ def test_an_activation_that_becomes_infinite_is_named() -> None:
     data = open_data({"x": -np.abs(SAMPLES)}, model.inputs)
     with pytest.raises(UsageError, match="tensor 'y' becomes NaN or infinite"):
         calibrate(model, ["y"], data)
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_statistics_are_kept_and_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    model = ir.parse("g (float[N,4] x) => (float[N,4] y) { r = Relu (x) y = Exp (r) }")
+    values = RNG.standard_normal((96, 4)).astype(np.float32)
+    plain = calibrate(model, ["r", "y"], ArrayData("d", {"x": values}, model.inputs))
+
+    def source() -> ArrayData:
+        data = ArrayData("d", {"x": values}, model.inputs)
+        data.cache = tmp_path
+        return data
+
+    seen: list[int] = []
+
+    def stop(done: int, total: int | None) -> None:
+        seen.append(done)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_SAVE_EVERY", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, ["r", "y"], source(), progress=stop)
+    seen.clear()
+    found = calibrate(model, ["r", "y"], source(), progress=lambda done, total: seen.append(done))
+    assert seen == [64, 96]  # the first 32 samples were not run again
+    for name in ("r", "y"):
+        assert found[name].numbers() == plain[name].numbers()
+        np.testing.assert_array_equal(found[name].counts, plain[name].counts)
+    seen.clear()
+    calibrate(model, ["y"], source(), progress=lambda done, total: seen.append(done))
+    assert seen == []
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:100])
+    assert calibrate(model, ["y"], source())["y"].numbers() == plain["y"].numbers()

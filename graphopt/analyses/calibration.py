@@ -10,6 +10,7 @@ merge, which is exact: the outcome depends neither on the order of the samples n
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,6 +32,7 @@ BUDGET: Final = 256 << 20  # bytes of tensors that one run may give
 MOST_AT_ONCE: Final = 32  # samples of a run
 COUNTED: Final = 1 << 17  # values of a tensor and run that go into the histogram; extremes see all
 _RUN_MACS: Final = 1 << 34  # multiply-accumulates of a run, about
+_SAVE_EVERY: Final = 20.0  # seconds between two looks after the cache
 _MEMORY: Final = 0.9  # of the moving averages
 
 Progress = Callable[[int, int | None], None]  # samples done, samples in all
@@ -73,6 +75,25 @@ class Statistics:
         if stride > 1:
             flat = flat[:: stride | 1]  # odd, so that no power-of-two period of a layout is followed
         self._count(flat)
+
+    @property
+    def counts(self) -> Array:
+        """Of all bins, around 0."""
+        return self._counts
+
+    def numbers(self) -> list[float]:
+        """All but the counts; `restored` takes them."""
+        exponent = math.nan if self._exponent is None else float(self._exponent)
+        return [exponent, float(self.seen), self.low, self.high, self.average_low, self.average_high]
+
+    @classmethod
+    def restored(cls, numbers: Sequence[float], counts: Array) -> Statistics:
+        """What gave `numbers` and `counts`."""
+        found = cls()
+        exponent, seen, found.low, found.high, found.average_low, found.average_high = numbers
+        found._exponent, found.seen = None if math.isnan(exponent) else int(exponent), int(seen)
+        found._counts = np.array(counts, np.int64)
+        return found
 
     def _reach(self, largest: float) -> None:
         if largest > 0:
@@ -190,17 +211,26 @@ def root_tensors(model: Model) -> dict[str, gs.Tensor]:
 
 
 def runs(
-    model: Model, names: Sequence[str], data: Data, budget: int = BUDGET, limit: int | None = None
+    model: Model,
+    names: Sequence[str],
+    data: Data,
+    budget: int = BUDGET,
+    limit: int | None = None,
+    skip: Callable[[Sequence[str], int], int] = lambda group, batch: 0,
 ) -> Iterator[tuple[int, dict[str, Array]]]:
-    """Run the model on all samples; gives (number of the group, some of the tensors) for each run.
+    """Run the model on all samples; gives (samples of the run, some of the tensors) for each run.
 
-    All groups of tensors together hold `names`; each group sees all samples in the same order.
+    All groups of tensors together hold `names`; each group sees all samples in the same order, but for those of the first
+    runs that `skip` (of the group and the samples of a run) wants left out.
     """
     most = min(effort(model, data).at_once, data.at_once(MOST_AT_ONCE))
-    for number, (group, batch) in enumerate(_groups(model, names, data, budget)):
+    for group, fits in _groups(model, names, data, budget):
+        batch = min(fits, most)
+        left_out = skip(group, batch)
         runner = Runner(model, group)
-        for feeds in data.feeds(min(batch, most), limit):
-            yield number, runner.run(feeds)
+        for number, feeds in enumerate(data.feeds(batch, limit)):
+            if number >= left_out:
+                yield batch, runner.run(feeds)
 
 
 def _groups(model: Model, names: Sequence[str], data: Data, budget: int) -> list[tuple[list[str], int]]:
@@ -231,30 +261,61 @@ def calibrate(
     *,
     limit: int | None = None,
     budget: int = BUDGET,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> dict[str, Statistics]:
-    """Statistics of float tensors of the root graph, by name.
+    """Statistics of float tensors of the root graph, by name; from `data.cache` where they are there.
 
     Raises:
         UsageError: samples that do not fit, or a tensor becomes NaN or infinite on them.
         UnsupportedModel: ONNX Runtime cannot run the model.
     """
-    found = {name: Statistics() for name in names}
     if not names:
-        return found
-    done: dict[int, int] = {}
-    for group, values in runs(model, names, data, budget, limit):
+        return {}
+    found: dict[str, Statistics] = {}
+    store = None
+    if data.cache is not None:
+        from graphopt.analyses.calibration_store import CalibrationStore
+
+        store = CalibrationStore(data.cache, model, data, limit)
+        found.update((n, store.statistics[n]) for n in names if n in store.whole)
+    missing = [n for n in names if n not in found]
+    progress = progress or data.watch or (lambda done, total: None)
+    done: dict[str, int] = {}
+    total = None if data.count is None else min(data.count, limit or data.count)
+    saved = time.monotonic()
+
+    def begun(group: Sequence[str], batch: int) -> int:
+        """Runs that an earlier calibration of the group has seen."""
+        known = {(store.runs.get(n, 0), store.batch.get(n, 0)) for n in group} if store is not None else {(0, 0)}
+        count, size = next(iter(known))
+        goes_on = store is not None and len(known) == 1 and size == batch
+        for name in group:
+            found[name] = store.statistics[name] if goes_on and store is not None and count else Statistics()
+            done[name] = count if goes_on else 0
+        return count if goes_on else 0
+
+    for batch, values in runs(model, missing, data, budget, limit, begun):
         for name, array in values.items():
             try:
                 found[name].add(array)
             except FloatingPointError:
                 raise UsageError(
-                    f"tensor {name!r} becomes NaN or infinite on the calibration data (run {done.get(group, 0)} of {data.name}); "
+                    f"tensor {name!r} becomes NaN or infinite on the calibration data (run {done[name]} of {data.name}); "
                     "check the samples, or exclude the layers that read it"
                 ) from None
-        done[group] = done.get(group, 0) + 1
-        progress(done[group], data.count)
-    return found
+            done[name] += 1
+            if store is not None:
+                store.statistics[name], store.runs[name], store.batch[name] = found[name], done[name], batch
+        isolation.progress()
+        count = max(done[n] for n in values) * batch
+        progress(count if total is None else min(count, total), total)
+        if store is not None and time.monotonic() - saved > _SAVE_EVERY:
+            store.save()
+            saved = time.monotonic()
+    if store is not None and missing:
+        store.whole.update(missing)
+        store.save()
+    return {name: found.get(name, Statistics()) for name in names}
 
 
 def largest(model: Model, names: Sequence[str], data: Data, *, limit: int | None = None) -> dict[str, float]:

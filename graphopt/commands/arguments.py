@@ -134,12 +134,21 @@ def read_samples(
     """What ``--data`` means: one sample of `inputs`, or, where something is to be calibrated, samples and the first of them."""
     if source is None:
         return None, None
-    if not calibrates and not any(p.pass_name().startswith(("quantize", "prune")) for p in pipeline.passes):
+    if not calibrates and not any(p.pass_name().startswith(("quantize", "prune", "equalize")) for p in pipeline.passes):
         return read_arrays(Path(source), inputs), None
     from graphopt.data import open_data
 
     data = open_data(source, inputs)
+    data.cache = cache_folder()
     return [next(iter(data.feeds(1, 1)))], data
+
+
+def cache_folder() -> Path | None:
+    """Where calibration statistics are kept: in the user's cache, if there is one."""
+    from graphopt.cache import Cache
+
+    cache = Cache.of_user()
+    return None if cache is None else cache.folder / "calibration"
 
 
 def check_place(path: Path | str | None) -> None:

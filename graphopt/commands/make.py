@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from graphopt.commands.arguments import load, make_instruments, parse_pipeline, parse_ranges, read_samples
-from graphopt.commands.terminal import say
+from graphopt.commands.terminal import say, watched
 from graphopt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -66,30 +66,31 @@ def make(
     loaded, files = _inputs(settings, digests)
     feeds, samples = read_samples(settings.data, loaded.inputs, pipeline, settings.int8)
     wish = _int8_wish(settings, samples)
-    bundle = building.build(
-        loaded,
-        settings.output,
-        targets,
-        pipeline,
-        options=options,
-        feeds=feeds,
-        data=samples,
-        int8=wish,
-        fallback=settings.fallback,
-        measure=settings.measure or settings.budget.max_latency_ratio is not None,
-        seed=settings.seed,
-        allow_domains=settings.allow_domains,
-        say=tell,
-        progress=progress,
-        instruments=make_instruments(
-            compare_each=compare_each, feeds=feeds, ranges=ranges, seed=settings.seed, reproducer=reproducer
-        ),
-        html=html,
-        recall=Recall(cache, lambda: provenance.require_unchanged(files, digests)),
-        budget=settings.budget,
-        record=provenance.record(settings, files),
-        recover=settings.continue_without_failing,
-    )
+    with watched(samples):
+        bundle = building.build(
+            loaded,
+            settings.output,
+            targets,
+            pipeline,
+            options=options,
+            feeds=feeds,
+            data=samples,
+            int8=wish,
+            fallback=settings.fallback,
+            measure=settings.measure or settings.budget.max_latency_ratio is not None,
+            seed=settings.seed,
+            allow_domains=settings.allow_domains,
+            say=tell,
+            progress=progress,
+            instruments=make_instruments(
+                compare_each=compare_each, feeds=feeds, ranges=ranges, seed=settings.seed, reproducer=reproducer
+            ),
+            html=html,
+            recall=Recall(cache, lambda: provenance.require_unchanged(files, digests)),
+            budget=settings.budget,
+            record=provenance.record(settings, files),
+            recover=settings.continue_without_failing,
+        )
     return bundle.manifest
 
 

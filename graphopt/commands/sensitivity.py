@@ -14,12 +14,13 @@ from graphopt.commands.arguments import (
     PipelineText,
     ReportFile,
     Seed,
+    cache_folder,
     check_place,
     load,
     parse_pipeline,
     write_report,
 )
-from graphopt.commands.terminal import out
+from graphopt.commands.terminal import out, say, watched
 
 if TYPE_CHECKING:
     pass
@@ -47,10 +48,16 @@ def sensitivity(
     loaded = load(model)
     chosen = Target.parse(target)
     source = open_data(data, loaded.inputs)
-    optimized = pipeline.run(loaded, Context(target=chosen, seed=seed, evaluate=evaluate_node)).model
-    found = int8.sensitivity(optimized, chosen, source, seed=seed, limit=samples)
-    table = Table("layer", "operator", "outputs' SQNR, dB")
+    source.cache = cache_folder()
+    context = Context(target=chosen, seed=seed, evaluate=evaluate_node, data=source)
+    with watched(source):
+        optimized = pipeline.run(loaded, context).model
+        found = int8.sensitivity(optimized, chosen, source, seed=seed, limit=samples)
+    for remark in context.remarks if not found else ():
+        say(str(remark))
+    table = Table("layer", "operator", "outputs' SQNR, dB", "its own SQNR, dB")
     for one in found:
-        table.add_row(escape(one.name), one.op, f"{one.sqnr:.1f}")
+        own = "-" if one.own is None else f"{one.own:.1f}"
+        table.add_row(escape(one.name), one.op, f"{one.sqnr:.1f}", own)
     out.print(table)
     write_report(report, {"target": target, "layers": [one.as_dict() for one in found]})

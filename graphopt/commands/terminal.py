@@ -68,6 +68,20 @@ def progress_bar() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
+def watched(data: Any) -> Iterator[None]:
+    """A bar of the samples that calibration has seen, while they are read; on a terminal only. `data` may be None."""
+    if data is None:
+        yield
+        return
+    with stages("calibration") as bar:
+        data.watch = lambda done, total: bar(f"{done} samples", done, total or max(2 * done, 1))
+        try:
+            yield
+        finally:
+            data.watch = None
+
+
+@contextlib.contextmanager
 def stages(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """Gives a function of stage, steps done and steps in all; a bar shows from its first call on, on a terminal only."""
     with progress_bar() as bar:

@@ -172,6 +172,25 @@ def kernel_contests(width: int) -> dict[str, dict[str, list[onnx.NodeProto]]]:
             "BiasGelu": [_node("BiasGelu", ["x", "c"], ["y"], contrib=True)],
             "FastGelu": [_node("FastGelu", ["x", "c"], ["y"], contrib=True)],
         },
+        "q, k and v": {
+            "three products": [_node("MatMul", ["x", w], [y]) for w, y in (("w", "q"), ("v", "k"), ("u", "y"))],
+            "one product, Split": [
+                _node("MatMul", ["x", "wide"], ["p"]),
+                _node("Split", ["p", "parts"], ["q", "k", "y"], axis=2),
+            ],
+        },
+        "HardSwish": {
+            "HardSigmoid, Mul": [_node("HardSigmoid", ["x"], ["a"], alpha=1 / 6), _node("Mul", ["x", "a"], ["y"])],
+            "HardSwish": [_node("HardSwish", ["x"], ["y"])],
+        },
+        "Mish": {
+            "Softplus, Tanh, Mul": [
+                _node("Softplus", ["x"], ["p"]),
+                _node("Tanh", ["p"], ["a"]),
+                _node("Mul", ["x", "a"], ["y"]),
+            ],
+            "Mish": [_node("Mish", ["x"], ["y"])],
+        },
         "SiLU": {
             "Sigmoid, Mul": [_node("Sigmoid", ["x"], ["a"]), _node("Mul", ["x", "a"], ["y"])],
             "QuickGelu": [_node("QuickGelu", ["x"], ["y"], contrib=True, alpha=1.0)],
@@ -212,12 +231,16 @@ def kernels(rounds: int, seed: int) -> Table:
 def _one_kernel(path: Path, nodes: Sequence[onnx.NodeProto], width: int, rng: np.random.Generator) -> Path:
     constants: Arrays = {name: rng.standard_normal(width).astype(np.float32) for name in ("c", "g", "b")}
     constants |= {"root": np.float32(math.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}  # type: ignore[dict-item]
+    square = {name: rng.standard_normal((width, width)).astype(np.float32) for name in ("w", "v", "u")}
+    constants |= square | {"wide": np.concatenate([*square.values()], axis=1), "parts": np.array([width] * 3)}
     used = {name for node in nodes for name in node.input}
     info = onnx.helper.make_tensor_value_info
     inputs = [info(name, 1, ["b", "s", width]) for name in ("x", "r") if name in used]
     weights = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items() if k in used]
-    graph = onnx.helper.make_graph(nodes, "kernel", inputs, [info("y", 1, ["b", "s", width])], weights)
-    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    made = [name for node in nodes for name in node.output if not any(name in other.input for other in nodes)]
+    outputs = [info(name, 1, ["b", "s", width]) for name in made]
+    graph = onnx.helper.make_graph(nodes, "kernel", inputs, outputs, weights)
+    imports = [onnx.helper.make_opsetid("", 18), onnx.helper.make_opsetid("com.microsoft", 1)]
     onnx.save(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8), path)
     return path
 

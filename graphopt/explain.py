@@ -14,6 +14,7 @@ from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass
 from graphopt.pipeline import Pipeline
 from graphopt.rewrite import Op, RewritePass, find
+from graphopt.target import Target
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class _Watch(_Silent):
         self._shown = tuple(f"{n.name!r} ({n.op})" for n in model.nodes() if self.name in n.origin)
 
 
-def explain(model: Model, name: str, pipeline: Pipeline) -> Explanation:
+def explain(model: Model, name: str, pipeline: Pipeline, target: Target | None = None) -> Explanation:
     """Run `pipeline` on `model` and tell what became of the node `name`, and what kept each pass from more.
 
     Args:
         model: the model as loaded.
         name: a node's name, or the name of a tensor it computes.
         pipeline: the passes to ask; passes outside it that know the operator are asked too, on the result.
+        target: what passes that are made for a target are to assume; None: they stand aside.
 
     Raises:
         UsageError: no such node.
@@ -72,7 +74,7 @@ def explain(model: Model, name: str, pipeline: Pipeline) -> Explanation:
     node = _find(model, name)
     origin = node.origin[0] if node.origin else node.name
     watch = _Watch(origin)
-    result = pipeline.run(model, Context(evaluate=evaluate_node), [watch])
+    result = pipeline.run(model, Context(target=target, evaluate=evaluate_node), [watch])
     standing = [n for n in result.model.nodes() if origin in n.origin]
     names = {node.name, origin, *(n.name for n in standing)}
     findings = [Finding(r.pass_name, r.text) for r in result.remarks if any(r.node.startswith(repr(n)) for n in names)]

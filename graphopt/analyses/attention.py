@@ -79,8 +79,12 @@ def find(softmax: Node, shapes: Shapes, edit: Editor) -> Attention | str | None:
         return None
     scores = _scores(softmax.inputs[0], softmax, shapes, edit)
     after = _weights_reader(softmax, edit)
-    if scores is None or after is None:
+    if scores is None and after is None:
         return None
+    if scores is None:
+        return f"what {softmax.inputs[0].name!r} comes from is no product of two computed values, scaled and masked"
+    if after is None:
+        return f"no product reads the weights {softmax.outputs[0].name!r} as its left operand"
     if isinstance(after, str):
         return after
     if isinstance(scores, str):

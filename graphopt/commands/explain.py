@@ -26,14 +26,16 @@ def explain(
     node: Annotated[str, typer.Argument(metavar="NODE", help="A node, or a tensor that it computes.")],
     passes: PipelineText = None,
     level: Level = None,
+    target: Annotated[str, typer.Option("--target", metavar="TARGET", help="What to fuse for at -O3.")] = "ort:cpu",
 ) -> None:
     """Say what became of a node, and why no pass did more."""
     from graphopt import verify
     from graphopt.explain import explain as explained
+    from graphopt.target import Target
 
     loaded = load(model)
     verify.cycles(loaded)
-    found = explained(loaded, node, parse_pipeline(passes, level, "default"))
+    found = explained(loaded, node, parse_pipeline(passes, level, "default"), Target.parse(target))
     out.print(f"{found.node!r} ({found.op}): {found.fate}", markup=False, soft_wrap=True)
     table = Table("pass", "why it did not do more")
     for finding in found.findings:

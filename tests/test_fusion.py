@@ -1,0 +1,153 @@
+"""Fusion for targets: what appears where, the page that lists it, what `explain` says of attention, and opsets that are raised."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from graphopt import equivalence, ir, models
+from graphopt.analyses.shapes import Shapes
+from graphopt.edit import Editor
+from graphopt.evaluate import evaluate_node
+from graphopt.explain import explain
+from graphopt.ir import Model
+from graphopt.opset import obstacle, raise_opset
+from graphopt.pass_base import Context
+from graphopt.pipeline import Pipeline
+from graphopt.target import Target
+
+VIT = Path(models.__file__).parent / "vit.legacy.onnx"
+QUERIES = """g (float[B,S,4] q, float[B,T,4] k, float[B,T,4] v, float[B,2,S,T] m) => (float[B,S,4] y, float[B,2,S,T] p)
+<int64[4] split = {0,0,2,2}, int64[3] join = {0,0,4}>
+{ qh = Reshape (q, split)  kh = Reshape (k, split)  vh = Reshape (v, split)
+  qt = Transpose <perm = [0,2,1,3]> (qh)  kt = Transpose <perm = [0,2,3,1]> (kh)  vt = Transpose <perm = [0,2,1,3]> (vh)
+  s = MatMul (qt, kt)  z = Add (s, m)  e = Softmax <axis = -1> (z)  a = MatMul (e, vt)
+  c = Transpose <perm = [0,2,1,3]> (a)  y = Reshape (c, join)  p = Exp (READ) }"""
+
+
+def fused(model: Model, passes: str, target: str | None) -> Model:
+    ctx = Context(target=None if target is None else Target.parse(target), evaluate=evaluate_node)
+    return Pipeline.parse(passes).run(model, ctx).model
+
+
+def domains(model: Model) -> set[str]:
+    return {node.domain or "" for node in model.nodes()}
+
+
+@pytest.mark.parametrize(
+    ("passes", "target", "contrib"),
+    [
+        ("O3", "ort:cpu", True),
+        ("O3", "ort", True),
+        ("O3", "ort:cpu-avx2", True),
+        ("O3", "ort:cuda", True),
+        ("O3", "ort:openvino", False),
+        ("O3", "tensorrt", False),
+        ("O3", "tensorrt-rtx:sm89", False),
+        ("O3", None, False),
+        ("O2", "ort:cpu", False),
+    ],
+)
+def test_microsoft_operators_appear_for_onnx_runtime_at_o3_alone(
+    passes: str, target: str | None, contrib: bool
+) -> None:
+    assert ("com.microsoft" in domains(fused(ir.load(VIT), passes, target))) == contrib
+
+
+def test_one_model_for_one_target_is_the_same_bytes_each_time() -> None:
+    first, second = (ir.saves(fused(ir.load(VIT), "O3", "ort:cpu")) for _ in range(2))
+    assert first == second
+
+
+def test_products_stay_apart_where_they_are_quantized_later() -> None:
+    passes = "O3,quantize-weights"
+    found = fused(ir.load(VIT), passes, "ort:cpu")
+    assert not any(node.op == "Attention" for node in found.nodes())
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_fused_attention_keeps_the_numbers_of_float64(length: int) -> None:
+    model = ir.parse(QUERIES.replace("READ", "m"))
+    found = fused(model, "fuse-attention", "ort:cpu")
+    assert any(node.op == "MultiHeadAttention" for node in found.nodes())
+    rng = np.random.default_rng(length)
+    q, k, v = (rng.standard_normal((2, length, 4)) for _ in range(3))
+    m = rng.standard_normal((2, 2, length, length))
+    heads = [x.reshape(2, length, 2, 2).transpose(0, 2, 1, 3) for x in (q, k, v)]
+    scores = heads[0] @ heads[1].swapaxes(2, 3) + m
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    exact = (weights / weights.sum(-1, keepdims=True)) @ heads[2]
+    feeds = {name: x.astype(np.float32) for name, x in zip("qkvm", (q, k, v, m), strict=True)}
+    y = equivalence.Evaluator(found).run(feeds)["y"]
+    np.testing.assert_allclose(y, exact.transpose(0, 2, 1, 3).reshape(2, length, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_explain_says_what_kept_attention_apart() -> None:
+    told = explain(ir.parse(QUERIES.replace("READ", "e")), "e", Pipeline.parse("O3"), Target.parse("ort:cpu"))
+    assert any(f.pass_name == "fuse-attention" and "also read by" in f.text for f in told.findings), told
+
+
+def test_explain_says_into_what_attention_went() -> None:
+    told = explain(ir.parse(QUERIES.replace("READ", "m")), "e", Pipeline.parse("O3"), Target.parse("ort:cpu"))
+    assert "MultiHeadAttention" in told.fate
+
+
+def test_the_page_lists_every_fusion_with_its_targets() -> None:
+    fusion = importlib.import_module("docs.fusion")
+    assert fusion.PAGE.read_text(encoding="utf-8") == fusion.page(), "python -m docs.fusion writes the table anew"
+
+
+# ------------------------------------------------------------------------------------------------------------- opsets
+
+
+def raised(text: str, version: int) -> Model | str:
+    model = ir.parse(text)
+    reason = obstacle(model, version, Shapes(model))
+    if reason is not None:
+        return reason
+    edit = Editor(model)
+    raise_opset(model, version, edit)
+    edit.commit()
+    return model
+
+
+OLD = '<ir_version: 7, opset_import: ["" : VERSION]>\ng (float[N,4] x) => (float[N,M] y) { BODY }'
+
+
+@pytest.mark.parametrize(
+    ("version", "body", "operands"),
+    [
+        (11, "u = Unsqueeze <axes = [1]> (x) y = Squeeze <axes = [1]> (u)", 2),
+        (13, "y = ReduceMean <axes = [1]> (x)", 2),
+        (13, "a, b = Split <axis = 1> (x) y = Add (a, b)", 2),
+        (11, "y = Softmax <axis = 1> (x)", 1),
+        (13, "y = Cast <to = 1> (x)", 1),
+    ],
+)
+def test_what_moved_between_opsets_is_moved(version: int, body: str, operands: int) -> None:
+    text = OLD.replace("VERSION", str(version)).replace("BODY", body)
+    found = raised(text, 18)
+    assert isinstance(found, Model), found
+    assert found.opset == 18
+    assert len(list(found.nodes())[-1].inputs) == operands
+    equivalence.compare(ir.parse(text), found).require(body)
+
+
+@pytest.mark.parametrize(
+    ("version", "body", "reason"),
+    [
+        (9, "y = Relu (x)", "older than"),
+        (11, "y = Softmax <axis = 0> (x)", "means something else"),
+        (11, "y = Hardmax (x)", "means something else"),
+        (13, "y = com.microsoft.Gelu (x)", None),
+    ],
+)
+def test_what_means_something_else_keeps_its_opset(version: int, body: str, reason: str | None) -> None:
+    text = OLD.replace("VERSION", str(version)).replace("BODY", body)
+    if "com.microsoft" in body:
+        text = text.replace("]>", ', "com.microsoft" : 1]>')
+    found = raised(text, 17)
+    assert (reason in found) if isinstance(found, str) and reason else isinstance(found, Model)

@@ -34,7 +34,7 @@ from rich.text import Text
 
 from graphopt.errors import InternalError, OutputError, UsageError, UserError
 from graphopt.measure import Comparison, ProcessCost, Timings, interleave, measure_process, orders
-from graphopt.target import cpu_features
+from graphopt.target import cpu_features, cpu_name
 
 PACKAGES: Final = (  # whose versions decide a number; those that are not installed are left out
     *("graphopt", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu"),
@@ -373,21 +373,13 @@ def machine() -> dict[str, str]:
     features = cpu_features()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "CPU": f"{_cpu_model()}, {usable} of {os.cpu_count()} cores",
+        "CPU": f"{cpu_name()}, {usable} of {os.cpu_count()} cores",
         "int8": ", ".join(sorted(features)) or "unknown",
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9:.1f} GB",
         "system": f"{_system()}, {platform.machine()}",
         "load": " ".join(f"{load:.2f}" for load in os.getloadavg()) + " (1, 5, 15 min, after the run)",
         "packages": ", ".join(f"{name} {version}" for name, version in _versions().items()),
     }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _system() -> str:

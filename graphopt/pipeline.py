@@ -51,6 +51,11 @@ PRESETS: Final[dict[str, str]] = {
     "O3": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
+    # O3, but fusions without a sure gain are timed on this machine and kept where they are faster.
+    "measured": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-layer-norm,fuse-rms-norm,fuse-gelu,"
+    "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,fuse-attention{measure=true},lower-gemm,sink-transposes-through-products,"
+    "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
+    "share-initializers,eliminate-dead,infer-shapes",
 }
 _FIXPOINT_CAP: Final = 20  # rounds; a pipeline that still changes something then is reported, not trusted
 

@@ -115,3 +115,12 @@ def cpu_features() -> frozenset[str]:
             flags = set(line.partition(":")[2].split())
             break
     return frozenset(name for name, markers in CPU_FEATURES.items() if markers & flags)
+
+
+def cpu_name() -> str:
+    """The CPU's model as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt import gate
 from graphopt.analyses import attention
 from graphopt.analyses.attention import Attention, Heads, Mask, Projection
 from graphopt.analyses.shapes import Shapes
@@ -57,6 +58,8 @@ class FuseAttention(Pass):
     serves: ClassVar[tuple[str, ...]] = CONTRIB
 
     contrib: bool | None = None  # whether com.microsoft operators may be written; none: as the target says
+    measure: bool = False  # whether only what is faster on this machine is fused, see graphopt/gate.py
+    skip: tuple[str, ...] = ()  # values at the end of what is left alone
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of attentions fused."""
@@ -79,14 +82,28 @@ class FuseAttention(Pass):
                 ctx.remark(softmax, f"no attention: {reason}")
                 continue
             assert isinstance(found, Attention)
+            plan = writer.plan(found)
+            if not self.wanted(found, plan, model, shapes, edit, ctx):
+                continue
             if not ctx.admit():
                 break
-            writer.write(found, writer.plan(found))
+            writer.write(found, plan)
             fused += 1
         edit.commit()
         if fused:
             model.set_opset("com.microsoft", 1)
         return fused
+
+    def wanted(
+        self, found: Attention, plan: _Packed | None, model: Model, shapes: Shapes, edit: Editor, ctx: Context
+    ) -> bool:
+        """Whether this one is to be fused, as options and clock say."""
+        result = found.joined.tensor
+        if result.name in self.skip:
+            return False
+        begin = [h.source for h in (found.q, found.k, found.v)] if plan is None else [plan.source]
+        sources = [*begin, *(mask.tensor for mask in found.masks)]
+        return not self.measure or gate.pays(self, model, shapes, edit, sources, result, ctx)
 
 
 def _objection(found: Attention, shapes: Shapes) -> str | None:

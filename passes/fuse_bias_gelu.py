@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from graphopt import gate
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -33,6 +34,8 @@ class FuseBiasGelu(Pass):
     serves: ClassVar[tuple[str, ...]] = CONTRIB
 
     contrib: bool | None = None  # whether com.microsoft operators may be written; none: as the target says
+    measure: bool = False  # whether only what is faster on this machine is fused, see graphopt/gate.py
+    skip: tuple[str, ...] = ()  # values at the end of what is left alone
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of biases taken in."""
@@ -51,6 +54,11 @@ class FuseBiasGelu(Pass):
             reason = _objection(node, add, row, shapes, edit)
             if reason is not None:
                 ctx.remark(node, f"the sum before it stays: {reason}")
+                continue
+            end = node.outputs[0]
+            if end.name in self.skip or (
+                self.measure and not gate.pays(self, model, shapes, edit, [*add.inputs], end, ctx)
+            ):
                 continue
             if not ctx.admit():
                 break

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt import gate
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -42,6 +43,8 @@ class MergeSums(Pass):
     serves: ClassVar[tuple[str, ...]] = ("ort:cpu",)
 
     apply: bool | None = None  # none: where the target gains by it
+    measure: bool = False  # whether only what is faster on this machine is fused, see graphopt/gate.py
+    skip: tuple[str, ...] = ()  # values at the end of what is left alone
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of sums written."""
@@ -56,9 +59,12 @@ class MergeSums(Pass):
             if shapes.dtype(add.outputs[0]) != np.float32:
                 ctx.remark(add, "no Sum: ONNX Runtime fuses it with the normalization in float32 only")
                 continue
+            terms, nodes = _terms(add, edit)
+            end = norm.outputs[0]
+            if end.name in self.skip or (self.measure and not gate.pays(self, model, shapes, edit, terms, end, ctx)):
+                continue
             if not ctx.admit():
                 break
-            terms, nodes = _terms(add, edit)
             result = add.outputs[0]
             add.outputs.clear()
             edit.insert_before(add, Node("Sum", add.name, {}, terms, [result]), nodes)

@@ -151,3 +151,54 @@ def test_what_means_something_else_keeps_its_opset(version: int, body: str, reas
         text = text.replace("]>", ', "com.microsoft" : 1]>')
     found = raised(text, 17)
     assert (reason in found) if isinstance(found, str) and reason else isinstance(found, Model)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gate
+
+
+def gated(times: list[float], passes: str = "fuse-attention{measure=true}") -> tuple[Model, list[str], int]:
+    """The model after `passes`, with a clock that tells `times` for the parts and what they become; the remarks; the calls."""
+    calls = []
+
+    def clock(parts: object, feeds: object) -> list[float]:
+        calls.append(parts)
+        return times
+
+    ctx = Context(target=Target.parse("ort:cpu"), evaluate=evaluate_node, clock=clock)
+    result = Pipeline.parse(passes).run(ir.parse(QUERIES.replace("READ", "m")), ctx)
+    return result.model, list(map(str, result.remarks)), len(calls)
+
+
+def test_a_fusion_that_is_slower_here_is_left_alone_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    model, remarks, calls = gated([1.0, 1.2])
+    assert (calls, [n.op for n in model.nodes() if n.domain]) == (1, [])
+    assert any("takes 1.20 of the time" in r and "skip=['y']" in r for r in remarks), remarks
+    again, _, calls = gated([1.0, 0.1])
+    assert (calls, [n.op for n in again.nodes() if n.domain]) == (0, []), "the decision is found in the cache"
+    replayed, _, calls = gated([1.0, 0.1], "fuse-attention{skip=[y]}")
+    assert (calls, [n.op for n in replayed.nodes() if n.domain]) == (0, [])
+
+
+def test_a_fusion_that_is_faster_here_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
+    model, remarks, calls = gated([1.0, 0.7])
+    assert (calls, [n.op for n in model.nodes() if n.domain]) == (1, ["MultiHeadAttention"])
+    assert any("takes 0.70 of the time: fused" in r for r in remarks), remarks
+
+
+def test_parts_run_as_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHOPT_CACHE", "off")
+    seen = []
+
+    def clock(parts: list[Model], feeds: dict[str, np.ndarray]) -> list[float]:
+        outputs = [equivalence.Evaluator(part).run(feeds) for part in parts]
+        seen.append([[n.op for n in part.nodes()] for part in parts])
+        for left, right in zip(outputs[0].values(), outputs[1].values(), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5)
+        return [1.0, 0.5]
+
+    ctx = Context(target=Target.parse("ort:cpu"), evaluate=evaluate_node, clock=clock)
+    Pipeline.parse("measured").run(ir.load(VIT), ctx)
+    assert ["Attention"] in [after for _, after in seen]
+    assert ["Sum", "LayerNormalization"] in [after for _, after in seen]

@@ -8,7 +8,7 @@ Tolerances by class of rewrite (`Exactness`), relative to the largest finite mag
 * B, re-association: each rewrite rounds its folded weights once (relative error u = 2^-24 in float32); the errors of n
   independent rewrites add like sqrt(n), and a layer amplifies them by its condition, for which 64 is allowed:
   ``64 * eps * sqrt(1 + n)``.
-* C, approximate: no bound here; the metric judges. But a pass that does nothing but round to a half type says so (`Pass.rounding`): each of
+* C, approximate: no bound here; the metric judges. But a pass that does nothing but round to a half type says so (`Pass.rounds_to`): each of
   its n operators rounds operands and results by up to u = eps / 2 of that type, which adds like sqrt(n), and 8 is allowed for the condition of a
   layer: ``4 * eps * sqrt(1 + n)``. More than that is told, not refused; refused is a NaN or an infinity that was none before.
 
@@ -116,12 +116,12 @@ class Bound:
         """The bound for passes that did so many rewrites to a model that computes in `dtypes`."""
         fired = {step: count for step, count in rewrites.items() if count}
         loose = {p: n for p, n in fired.items() if p.exactness is not Exactness.EXACT}
-        rounding = {p: n for p, n in loose.items() if p.rounding is not None}
+        rounding = {p: n for p, n in loose.items() if p.rounds_to is not None}
         exact = max((p.exactness for p in loose if p not in rounding), key=lambda e: e.value, default=Exactness.EXACT)
         allowed = tolerance(exact, sum(n for p, n in loose.items() if p not in rounding), dtypes)
         for step, count in rounding.items():
-            allowed += _ROUNDING * float(_finfo(_dtype(str(step.rounding))).eps) * math.sqrt(1 + count)
-        names = {str(step.rounding) for step in rounding} if exact is not Exactness.APPROXIMATE else set()
+            allowed += _ROUNDING * float(_finfo(_dtype(str(step.rounds_to))).eps) * math.sqrt(1 + count)
+        names = {str(step.rounds_to) for step in rounding} if exact is not Exactness.APPROXIMATE else set()
         coarsest = max(names, key=lambda name: float(_finfo(_dtype(name)).eps), default=None)
         return cls(allowed, coarsest, any(step.retypes for step in fired))
 

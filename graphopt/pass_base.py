@@ -124,7 +124,7 @@ class Pass:
     ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
 
     @property
-    def rounding(self) -> str | None:
+    def rounds_to(self) -> str | None:
         """The type to which an approximate pass rounds, where that is all that it does to the numbers; the proof then has a bound."""
         return None
 

@@ -96,7 +96,7 @@ class CastFloat(Pass):
             raise ValueError(f"samples={self.samples} is less than 1")
 
     @property
-    def rounding(self) -> str | None:
+    def rounds_to(self) -> str | None:
         """The type whose roundings are all that this pass does to the numbers."""
         return self.dtype
 

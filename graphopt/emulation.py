@@ -1,7 +1,8 @@
-"""A model in a type that no kernel here computes in, as one in float32 that rounds every result to that type.
+"""A model in a half type, as one in float32 that rounds every result to that type.
 
-Kernels for half types compute in float32 and round the result: on a CPU, whose runtime has no bfloat16 kernels, the same is had by a Cast
-to bfloat16 and back behind each operator.
+Kernels of GPUs for half types add up in float32 and round the result. On a CPU the same is had by a Cast to the type and back behind each
+operator; run as it is, the model would tell less: ONNX Runtime's CPU has no bfloat16 kernels, and computes chains of float16 in float32
+without rounding in between, so that an overflow does not show.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ Tolerances by class of rewrite (`Exactness`), relative to the largest finite mag
   ``64 * eps * sqrt(1 + n)``.
 * C, approximate: no bound here; the metric judges. But a pass that does nothing but round to a half type says so (`Pass.rounds_to`): each of
   its n operators rounds operands and results by up to u = eps / 2 of that type, which adds like sqrt(n), and 8 is allowed for the condition of a
-  layer: ``4 * eps * sqrt(1 + n)``. More than that is told, not refused; refused is a NaN or an infinity that was none before.
+  layer: ``4 * eps * sqrt(1 + n)``. More than that is told, not refused; refused is a NaN or an infinity that was none before. Every rounding is
+  emulated (`graphopt.emulation`), since ONNX Runtime's CPU would skip most of them, and an overflow with them.
 
 A model may have less than that to give: where a bound is exceeded, the reference is run again with its inputs moved by one unit in the last
 place (of the half type, where one is rounded to), and a difference of up to 4 times what that does is its own noise, not the rewrite's.
@@ -332,8 +333,8 @@ def compare(
         reference: the original; its outputs set the scale.
         candidate: the rewritten model; needs the same input and output names.
         feeds: samples; None generates two, with different dynamic dimensions.
-        allowed: relative tolerance; a Bound says more, as that the candidate rounds to bfloat16, which is then emulated in float32, or takes
-            and gives other floating-point types.
+        allowed: relative tolerance; a Bound says more, as that the candidate rounds to a half type (which is then emulated, see
+            `graphopt.emulation`), or takes and gives other floating-point types.
         seed: of the generated inputs.
         shapes: shapes of the generated inputs.
 
@@ -393,9 +394,10 @@ class Reference:
                 raise NotEquivalent(f"{kind} differ: {[s.name for s in a]} and {[s.name for s in b]}")
         candidate = seeded(candidate)
         first, expected = self._expected("onnxruntime")
-        if bound.rounding == "bfloat16":
-            candidate = in_float32(candidate, _dtype("bfloat16"))
         types = {s.name: _dtype(s.dtype) for s in candidate.inputs if bound.retyped and s.dtype and _is_float(s.dtype)}
+        if bound.rounding is not None:
+            candidate = in_float32(candidate, _dtype(bound.rounding))
+        fed = {s.name: _dtype(s.dtype) for s in candidate.inputs if bound.rounding and s.dtype and _is_float(s.dtype)}
         try:
             second = Evaluator(candidate)
         except UnsupportedModel as error:
@@ -406,12 +408,14 @@ class Reference:
         worst: dict[str, Difference] = {}
         for sample, outputs in expected:
             try:
-                found = second.run({n: a.astype(types[n]) if n in types else a for n, a in sample.items()})
+                found = second.run(
+                    {n: a.astype(types.get(n, a.dtype)).astype(fed.get(n, a.dtype)) for n, a in sample.items()}
+                )
             except UnsupportedModel as error:
                 raise NotEquivalent(f"the original runs on this sample, the candidate does not: {error}") from None
             for name, value in outputs.items():
                 result = found[name]
-                if bound.retyped and isinstance(value, np.ndarray) and _is_float(dtype_name(value.dtype)):
+                if bound.rounding and isinstance(value, np.ndarray) and _is_float(dtype_name(value.dtype)):
                     result = np.asarray(result).astype(value.dtype)
                 gap = difference(name, value, result)
                 if gap.relative > allowed > 0 and math.isfinite(gap.max_abs):

@@ -218,7 +218,7 @@ def load(path: str | os.PathLike[str]) -> Recipe:
     except UnicodeDecodeError:
         raise RecipeError(f"the recipe {str(file)!r} is not UTF-8 text; save it as UTF-8") from None
     try:
-        tables = tomllib.loads(text)
+        tables = tomllib.loads(f"{text}\n#")  # so that no complaint is of the 'end of document'
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         told = str(error) or "tables nested too deeply"
         told = re.sub(r"^(.*) \(at (.*)\)$", r"\2: \1", told)
@@ -582,3 +582,7 @@ _RANGES: Final[dict[str, dict[str, Any]]] = {  # what `_check` checks, as far as
     "max_error": {"minimum": 0},
     "max_drop": {"minimum": 0},
 }  # fmt: skip
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json.dumps(schema(), indent=2) + "\n")

@@ -274,8 +274,6 @@ def _escaped(path: Path) -> str:
     text = os.fspath(path)
     if "\n" in text:
         raise UsageError(f"a dependency file cannot hold {text!r}; name files without line breaks")
-    with contextlib.suppress(ValueError):
-        text = os.path.relpath(text) if os.path.isabs(text) and Path(text).is_relative_to(Path.cwd()) else text  # noqa: PTH117
     if sys.platform == "win32":
         text = text.replace("\\", "/")
     return text.replace("$", "$$").replace(" ", "\\ ").replace("#", "\\#")

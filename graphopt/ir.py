@@ -45,6 +45,7 @@ from graphopt.elements import (
     walk,
 )
 from graphopt.errors import InvalidModel, UnsupportedModel
+from graphopt.garbage import patient_collector
 from graphopt.reading import MOST_NESTED, Reader, domain_of, nodes_of
 from graphopt.wire import MAP_ABOVE, WireError, map_file, nesting, pieces, replacing, scan
 from graphopt.writing import Writer, is_sparse, raw_bytes, referenced, serialize, write_external, write_inline
@@ -339,6 +340,7 @@ def from_proto(proto: onnx.ModelProto, source: Path | None = None) -> Model:
     return _build(proto, source, {}, repr(str(source)) if source else "the model")
 
 
+@patient_collector()
 def _build(proto: onnx.ModelProto, source: Path | None, raws: dict[int, Buffer], where: str) -> Model:
     """`raws` holds, by index, the raw_data of root initializers that were left out of `proto`."""
     if not proto.HasField("graph") or not proto.opset_import:

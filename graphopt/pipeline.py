@@ -25,6 +25,7 @@ from graphopt import isolation, verify
 from graphopt.discovery import find_pass, nearest, pass_modules
 from graphopt.edit import cleanup, name_nodes
 from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, UnknownPass
+from graphopt.garbage import patient_collector
 from graphopt.ir import Model, fresh_names
 from graphopt.pass_base import Context, Exactness, Pass, Remark
 from graphopt.signature import Signature
@@ -161,6 +162,7 @@ class Pipeline:
         """The loosest class among the passes."""
         return max((p.exactness for p in self.passes), key=lambda e: e.value, default=Exactness.EXACT)
 
+    @patient_collector()
     def run(
         self,
         model: Model,

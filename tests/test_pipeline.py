@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import pytest
 from graphopt import ir, pipeline, verify
 from graphopt.errors import InternalError, InvalidModel, PassError, PipelineSyntaxError, UnknownPass
 from graphopt.evaluate import evaluate_node
+from graphopt.garbage import patient_collector
 from graphopt.ir import Model
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.pipeline import PRESETS, Fixpoint, Pipeline
@@ -334,3 +336,20 @@ def test_a_context_used_twice_knows_the_second_model() -> None:
     for shape in ("2", "3"):
         model = ir.parse(f"g (float[{shape}] x) => (float[{shape}] y) {{ a = Cast <to = 1> (x) y = Exp (a) }}")
         assert [n.op for n in Pipeline.parse("O2").run(model, ctx).model.nodes()] == ["Exp"]
+
+
+def test_the_collector_of_garbage_has_its_pace_back_whatever_happens():
+    before = gc.get_threshold()
+    seen = []
+
+    class Spy:
+        def __getattr__(self, name):
+            return lambda *arguments: seen.append(gc.get_threshold()[0])
+
+    model = ir.parse("g (float[2] x) => (float[2] y) { y = Relu (x) }")
+    Pipeline.parse("eliminate-dead").run(model, instruments=[Spy()])
+    assert set(seen) == {250_000}
+    assert gc.get_threshold() == before
+    with pytest.raises(RuntimeError), patient_collector():
+        raise RuntimeError
+    assert gc.get_threshold() == before

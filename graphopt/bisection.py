@@ -9,6 +9,8 @@ which it is bad, whether or not good and bad alternate in between. A verdict "ca
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +20,7 @@ from graphopt.errors import GraphoptError, InternalError, UsageError, UserError
 from graphopt.graph_diff import Change, diff
 from graphopt.instruments import Verify, _Silent
 from graphopt.ir import Model
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Pass
 from graphopt.pipeline import Pipeline, Result
 from graphopt.verdict import Command, Judge, Verdict
 
@@ -292,17 +294,19 @@ def nodes_in_traceback(error: BaseException, model: Model) -> tuple[str, ...]:
     return ()
 
 
-def default_tolerance(model: Model, pipeline: Pipeline, result: Result | None) -> float:
-    """What `build` allows the pipeline, see `equivalence`; `result` tells how many rewrites were made.
+def default_bound(model: Model, pipeline: Pipeline, result: Result | None) -> equivalence.Bound:
+    """What `build` allows the pipeline, see `equivalence`; `result` tells how many rewrites were made, None that a pass failed.
 
     Raises:
         UsageError: the pipeline approximates, so no bound is argued.
     """
-    loose = {p.pass_name() for p in pipeline.passes if p.exactness is not Exactness.EXACT}
-    if pipeline.exactness is Exactness.APPROXIMATE:
+    counts = Counter[str]()
+    for step in result.steps if result is not None else ():
+        counts[step.pass_name] += step.rewrites
+    made = {p: counts[p.pass_name()] if result is not None else 1 for p in pipeline.passes}
+    bound = equivalence.Bound.of(made, equivalence.float_types(model))
+    if math.isinf(bound.tolerance):
         raise UsageError(
             "the pipeline approximates (it quantizes or prunes): say what is good with --tolerance or --cmd"
         )
-    rewrites = 0 if result is None else sum(s.rewrites for s in result.steps if s.pass_name in loose)
-    exactness = pipeline.exactness if rewrites or result is None else Exactness.EXACT
-    return equivalence.tolerance(exactness, rewrites, equivalence.float_types(model))
+    return bound

@@ -6,6 +6,7 @@ Instruments stack in any order; the driver knows none of them.
 from __future__ import annotations
 
 import base64
+import copy
 import difflib
 import json
 import shlex
@@ -98,6 +99,12 @@ class Compare(_Silent):
         self._types = equivalence.float_types(model)
         self._reference = equivalence.Reference(model.clone(), feeds=self.feeds, seed=self.seed, shapes=self.shapes)
         self._rewrites: Counter[Pass] = Counter()
+
+    def fork(self) -> Compare:
+        """One that compares with the same original and goes on by itself: what it sees does not count here."""
+        other = copy.copy(self)
+        other.reports, other._rewrites = [], Counter(self._rewrites)
+        return other
 
     def after_pass(self, step: Pass, model: Model, ctx: Context, rewrites: int) -> None:
         """Raise PassError when the numbers moved further than the class of the passes allows."""

@@ -176,6 +176,7 @@ class Tapped:
             for t in node.outputs
             if t.name and getattr(t, "type", "tensor_type") in ("tensor_type", None) and node.op != "Constant"
         }
+        self._types = {t.name: np.dtype(t.dtype) for t in model.graph.inputs if t.dtype is not None}
         self._evaluator: tuple[tuple[str, ...], Evaluator] | None = None
         self._bytes, self._count = 0, 0  # seen so far
 
@@ -188,10 +189,17 @@ class Tapped:
             copy.graph.outputs = [known[n] for n in wanted]
             self._evaluator = None  # the old one goes before the new one comes
             self._evaluator = wanted, Evaluator(copy)
-        found = self._evaluator[1].run(feeds)
+        found = self._evaluator[1].run({n: self._typed(n, a) for n, a in feeds.items()})
         self._bytes += sum(getattr(v, "nbytes", 0) for v in found.values())
         self._count += len(found)
         return found
+
+    def _typed(self, name: str, array: Array) -> Array:
+        """A sample for another width of floats, where this model takes one."""
+        wanted = self._types.get(name)
+        if wanted is None or array.dtype == wanted or _family(array.dtype) != "float" or _family(wanted) != "float":
+            return array
+        return array.astype(wanted)
 
     def chunks(self, names: Sequence[str]) -> Iterator[Sequence[str]]:
         """Consecutive groups that keep the budget, as far as declared shapes and the sizes seen so far tell."""

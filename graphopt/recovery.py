@@ -116,8 +116,7 @@ class Recovery:
         most = ctx.limit if limit is None else ctx.admitted + limit
         own = replace(ctx, limit=most, remarks=[], spent=copy.deepcopy(ctx.spent), analyses={})
         work = model.clone()
-        verify, compare = copy.copy(self._verify), copy.copy(self._compare)
-        compare.reports = []
+        verify, compare = copy.copy(self._verify), self._compare.fork()
         trial = _Trial(work, own, verify, compare)
         if own.exhausted:
             return trial

@@ -44,19 +44,19 @@ class Judge(Protocol):
 
 
 class Numbers:
-    """Good is what computes the same as the original, within a relative tolerance."""
+    """Good is what computes the same as the original, within a relative tolerance or what a Bound allows."""
 
     def __init__(
         self,
         original: Model,
-        tolerance: float,
+        allowed: float | equivalence.Bound,
         *,
         feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]] | None = None,
         seed: int = 0,
         shapes: Mapping[str, ShapeRange] | None = None,
     ) -> None:
-        """`tolerance` is relative; the rest as of `equivalence.compare`. Nothing runs before the first verdict."""
-        self.tolerance = tolerance
+        """Arguments as of `equivalence.compare`. Nothing runs before the first verdict."""
+        self.allowed = allowed
         self._reference = equivalence.Reference(original, feeds=feeds, seed=seed, shapes=shapes)
 
     def judge(self, model: Model) -> tuple[Verdict, str]:
@@ -66,22 +66,22 @@ class Numbers:
             UnsupportedModel: the original cannot be run on these or on generated inputs.
         """
         try:
-            report = self._reference.compare(model, self.tolerance)
+            report = self._reference.compare(model, self.allowed)
+            report.require("the model computes something else")
         except NotEquivalent as error:
             return Verdict.BAD, str(error)
-        worst = report.worst
-        if worst is None or report.equal:
-            return Verdict.GOOD, f"within {self.tolerance:.3g}"
-        distance = "" if math.isinf(worst.max_abs) else f" by {worst.max_abs:.3g} ({worst.relative:.3g} relative)"
-        note = f": {worst.note}" if worst.note else ""
-        return Verdict.BAD, f"output {worst.name!r} differs{distance}, {self.tolerance:.3g} allowed{note}"
+        return Verdict.GOOD, f"within {report.tolerance:.3g}"
 
 
 class Command:
-    """Good is what a command accepts, called with the path of the model: in the place of ``{}``, or at its end."""
+    """Good is what a command accepts, called with the path of the model: in the place of ``{}``, or at its end.
+
+    It runs without a shell, without standard input, and its output is not shown; the last line that it says on standard error is part of the
+    reason.
+    """
 
     def __init__(self, command: str, timeout: float | None = None) -> None:
-        """Read the command; it runs without a shell, and without standard input or output.
+        """Read the command.
 
         Args:
             command: program and arguments; ``sh -c '...'`` brings a shell.
@@ -115,7 +115,9 @@ class Command:
                 save(model, path)
             except UnsupportedModel as error:
                 return Verdict.UNKNOWN, f"cannot be written: {error}"
-            code = self._run(str(path))
+            errors = Path(folder) / "stderr"
+            code = self._run(str(path), errors)
+            said = _last_line(errors)
         if code is None:
             told = f"killed after {self.timeout:g} s"
             return (Verdict.BAD if self.hangs_are_bad else Verdict.UNKNOWN), told
@@ -123,22 +125,24 @@ class Command:
             return Verdict.GOOD, "exit code 0"
         if code == SKIP:
             return Verdict.UNKNOWN, f"exit code {SKIP}"
-        return Verdict.BAD, f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+        reason = f"exit code {code}" if code > 0 else f"killed by {_signal_name(-code)}"
+        return Verdict.BAD, f"{reason}: {said}" if said else reason
 
-    def _run(self, path: str) -> int | None:
+    def _run(self, path: str, errors: Path) -> int | None:
         """The exit code, negative for a signal; None where the time was up."""
         if any("{}" in part for part in self.parts):
             arguments = [part.replace("{}", path) for part in self.parts]
         else:
             arguments = [*self.parts, path]
         try:
-            process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # a group of its own, to be killed whole
-            )
+            with errors.open("wb") as file:
+                process = subprocess.Popen(
+                    arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
+                    start_new_session=True,  # a group of its own, to be killed whole
+                )
         except OSError as error:
             raise UsageError(f"--cmd: cannot run {self.parts[0]!r}: {error.strerror or error}") from None
         isolation.progress()
@@ -151,6 +155,15 @@ class Command:
                 os.killpg(process.pid, signal.SIGKILL)  # also what a finished command left behind
             process.wait()
             isolation.progress()
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a file that may be large, shortened; empty where it has none."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    shown = "".join(c if c.isprintable() else " " for c in next((line for line in reversed(lines) if line), ""))
+    return shown if len(shown) <= 200 else f"{shown[:197]}..."
 
 
 def _signal_name(number: int) -> str:

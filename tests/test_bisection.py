@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from culprits import NegToMul, chain, install
 
-from graphopt import bisection, cli, ir, verdict
+from graphopt import bisection, cli, ir, models, verdict
 from graphopt.bisection import Bisection, Turn, turn
 from graphopt.errors import UsageError
 from graphopt.graph_diff import diff
@@ -22,6 +22,7 @@ from graphopt.pipeline import Fixpoint, Pipeline
 from graphopt.recovery import Recovery
 from graphopt.verdict import Command, Numbers, Verdict
 
+NETS = Path(models.__file__).resolve().parent
 PIPELINE = "fixpoint(eliminate-identity,neg-to-mul{{at=neg7,how={how}}}),eliminate-dead"
 
 
@@ -156,7 +157,6 @@ def test_a_pass_that_does_not_ask_is_not_run_beyond_the_limit() -> None:
 
 
 def test_bisect_by_a_command(run: Callable[..., Done], tmp_path: Path) -> None:
-    # The values of constants are little-endian floats: -1.5 is 00 00 c0 bf.
     check = script(tmp_path / "check.sh", 'test -f "$1" && ! grep -q neg7_mul "$1"')
     done = run("bisect", "m.onnxtxt", "-p", PIPELINE.format(how="numbers"), "--cmd", str(check), "--report", "r.json")
     found = json.loads(Path("r.json").read_text())["culprit"]
@@ -190,7 +190,6 @@ def test_a_command_that_hangs_is_killed(run: Callable[..., Done], tmp_path: Path
         (["--cmd", "true", "--tolerance", "1"], "exclude each other"),
         (["--timeout", "1"], "belongs to --cmd"),
         (["--cmd", "true", "--timeout", "-1"], "positive number"),
-        (["-p", "quantize-dynamic"], "--tolerance or --cmd"),
         (["--data", "missing.npz"], "cannot read"),
         (["--tolerance", "nan"], "--tolerance"),
     ],
@@ -200,6 +199,30 @@ def test_wrong_use_is_told(run: Callable[..., Done], arguments: list[str], told:
     assert done.code == 2, done
     assert told in done.err
     assert len(done.err.strip().splitlines()) <= 3
+
+
+def test_what_approximates_needs_a_tolerance_or_a_command(run: Callable[..., Done]) -> None:
+    arguments = ("bisect", NETS / "vit.legacy.onnx", "-p", "quantize-dynamic")
+    done = run(*arguments)
+    assert done.code == 2
+    assert "--tolerance or --cmd" in done.err
+    assert "nothing wrong" in run(*arguments, "--tolerance", "0.5").out
+    assert "culprit: rewrite " in run(*arguments, "--tolerance", "1e-4").out
+
+
+def test_a_model_without_inputs_that_fit_is_told(run: Callable[..., Done]) -> None:
+    text = "g (float[N] x) => (float[N] y) <int64[1] s = {77}> { a = Identity (x) y = Reshape (a, s) }"
+    Path("n.onnxtxt").write_text(text)
+    done = run("bisect", "n.onnxtxt")
+    assert done.code == 1
+    assert "give --data or --shape" in done.err
+    assert "nothing wrong" in run("bisect", "n.onnxtxt", "--shape", "x=77").out
+
+
+def test_the_page_on_debugging_shows_what_is_printed(run: Callable[..., Done]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "debugging.md").read_text()
+    done = run("bisect", "m.onnxtxt", "-p", PIPELINE.format(how="numbers"))
+    assert done.out.strip().splitlines()[:-1] == page.partition("```text\n")[2].partition("```")[0].strip().splitlines()
 
 
 def test_a_model_that_is_bad_before_any_rewrite_has_no_culprit(run: Callable[..., Done]) -> None:
@@ -234,7 +257,7 @@ def test_alternating_results_are_searched_all_the_same() -> None:
 
 
 def test_numbering_is_stable_up_to_the_limit_on_real_passes() -> None:
-    model = ir.load(Path(__file__).parents[1] / "models" / "vit.legacy.onnx")
+    model = ir.load(NETS / "vit.legacy.onnx")
     full = bisection._plain_context()
     steps = Pipeline.parse("O2").run(model, full).steps
     for limit in (1, full.admitted // 2, full.admitted - 1):
@@ -243,7 +266,7 @@ def test_numbering_is_stable_up_to_the_limit_on_real_passes() -> None:
         bounded = Pipeline.parse("O2").run(model, ctx).steps
         done = [s for s in bounded if s.rewrites]
         assert ctx.admitted == limit
-        assert [s for s in steps if s.rewrites][: len(done) - 1] == done[:-1]
+        assert [s for s in steps if s.rewrites][: max(len(done) - 1, 0)] == done[:-1]
 
 
 # ------------------------------------------------------------------------------------------------------- recovery
@@ -285,7 +308,7 @@ def test_a_pass_that_does_not_ask_and_fails_is_covered_where_it_touches_few_node
 
 
 def test_without_a_failure_recovery_changes_nothing() -> None:
-    model = ir.load(Path(__file__).parents[1] / "models" / "resnet.dynamo.onnx")
+    model = ir.load(NETS / "resnet.dynamo.onnx")
     recovery = Recovery()
     there = Pipeline.parse("O2").run(model, recovery=recovery)
     plain = Pipeline.parse("O2").run(model)
@@ -326,6 +349,11 @@ def test_command_verdicts(tmp_path: Path) -> None:
         ("kill -SEGV $$", Verdict.BAD),
     ):
         assert Command(str(script(tmp_path / "c.sh", text))).judge(model)[0] is expected
+    assert (
+        Command(str(script(tmp_path / "c.sh", "echo first >&2; echo why >&2; exit 3"))).judge(model)[1]
+        == "exit code 3: why"
+    )
+    script(tmp_path / "c.sh", "kill -SEGV $$")
     assert "SIGSEGV" in Command(str(tmp_path / "c.sh")).judge(model)[1]
 
 

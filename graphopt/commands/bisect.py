@@ -95,13 +95,16 @@ def bisect(
     if cmd is not None:
         judge = verdict.Command(cmd, timeout)
     else:
+        allowed: float | equivalence.Bound
         if tolerance is None:
             try:
                 result = pipeline.run(loaded, context())
             except InternalError:
                 result = None
-            tolerance = bisection.default_tolerance(loaded, pipeline, result)
-        judge = verdict.Numbers(loaded, tolerance, feeds=feeds, seed=seed)
+            allowed = bisection.default_bound(loaded, pipeline, result)
+        else:
+            allowed = tolerance
+        judge = verdict.Numbers(loaded, allowed, feeds=feeds, seed=seed)
     search = bisection.Bisection(
         loaded,
         pipeline,

@@ -168,6 +168,8 @@ def build(
         if place is not None and builds[0].output.resolve() not in place.resolve().parents:
             check_place(place)
     if html is not None:
+        if str(html) == "-":
+            raise UsageError("--html takes a file, as in --html report.html")
         from graphopt import page
 
         page.check_available()

@@ -41,13 +41,19 @@ from onnx2torch import convert
 samples, folder, shares = np.load(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 name = samples.files[0]
 x = torch.from_numpy(samples[name][:1])
+class Whole(torch.nn.Module):  # torch.onnx.export takes a GraphModule for TorchScript
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        return self.net(x)
 for number, share in enumerate(shares):
     net = convert(onnx.load(sys.argv[1])).eval()
     heads = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))][-1:]
     pruner = torch_pruning.pruner.BasePruner(
         net, x, importance=torch_pruning.importance.GroupMagnitudeImportance(p=2), pruning_ratio=share, ignored_layers=heads)
     pruner.step()
-    torch.onnx.export(net, (x,), f"{folder}/{number}.onnx", dynamo=False, opset_version=17,
+    torch.onnx.export(Whole(net), (x,), f"{folder}/{number}.onnx", dynamo=False, opset_version=17,
         input_names=[name], dynamic_axes={name: {0: "N"}})
 """
 PEERS: Final = {

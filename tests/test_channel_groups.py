@@ -363,6 +363,19 @@ class Maker:
                 operands = [q, k, v, self.random(48)]
                 mixed = self.emit("MultiHeadAttention", operands, num_heads=4, domain="com.microsoft")[0]
                 return self.back(self.dense(mixed, 16, 5), 5)
+            case "packed":
+                heads = self.draw(st.sampled_from([2, 4]))
+                operands = [self.rows(x), self.random(width, 48), self.random(48)]
+                sizes = {"qkv_hidden_sizes": [16, 16, 16]} if self.draw(st.booleans()) else {}
+                mixed = self.emit("Attention", operands, num_heads=heads, domain="com.microsoft", **sizes)[0]
+                wide = self.dense(mixed, 16, 5)
+                gamma = [self.random(5), self.random(5)]
+                skip = self.emit(
+                    "SkipLayerNormalization", [wide, self.dense(mixed, 16, 5), *gamma], domain="com.microsoft"
+                )
+                inner = self.emit("MatMul", [skip[0], self.random(5, 8)])[0]
+                gated = self.emit("BiasGelu", [inner, self.random(8)], domain="com.microsoft")[0]
+                return self.back(self.dense(gated, 8, 5), 5)
             case "fused-qkv":
                 heads, size = 2, 4
                 wide = self.dense(self.rows(x), width, 3 * heads * size)
@@ -435,7 +448,7 @@ def networks(draw: st.DrawFn, kinds: tuple[str, ...] | None = None) -> ir.Model:
 
 KINDS = (
     *("groupnorm", "groupnorm-op", "transposed-groups", "transposed-depthwise", "einsum", "copies", "wide-copies"),
-    *("sizes", "qdq", "LSTM", "GRU", "RNN", "attention-op", "attention-rows", "multi-head", "fused-qkv"),
+    *("sizes", "qdq", "LSTM", "GRU", "RNN", "attention-op", "attention-rows", "multi-head", "packed", "fused-qkv"),
     "grouped-queries",
 )
 

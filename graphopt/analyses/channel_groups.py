@@ -519,6 +519,9 @@ class ChannelGroups:
         """Multiply-accumulates of one sample, a term a node."""
         found: list[Term] = []
         for node in self.model.graph.nodes:
+            if node.op == "Attention" and node.domain == "com.microsoft":
+                rows = [self.axis(node.inputs[0], i) for i in range(self.shapes.rank(node.inputs[0]) or 0)]
+                found.append(product([*rows, self.axis(node.inputs[1], -1)], [node.name]))
             if node.op not in (*_MATRIX, *_GATES) or not node.is_onnx:
                 continue
             data, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]

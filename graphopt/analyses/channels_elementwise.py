@@ -95,6 +95,15 @@ def _layer_norm(call: Call) -> Sequence[Labels | None]:
     return [tuple(labels)] + [None] * (len(call.node.outputs) - 1)
 
 
+@relation("com.microsoft.SkipLayerNormalization", "com.microsoft.SkipSimplifiedLayerNormalization")
+def _skip_layer_norm(call: Call) -> Sequence[Labels | None]:
+    labels = list(broadcast(call, [(call.axes(0), call.dims(0)), (call.axes(1), call.dims(1))]))
+    for axis in (call.axes(0)[-1], call.axes(1)[-1]):
+        call.pin(axis, "normalizes over it")
+    labels[-1] = None
+    return [tuple(labels) if index in (0, 3) else None for index in range(len(call.node.outputs))]
+
+
 @relation("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum")
 def _along_axis(call: Call) -> Sequence[Labels | None] | None:
     labels = call.axes(0)

@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Final, Literal
 import numpy as np
 
 from graphopt import equivalence
-from graphopt.analyses import allocation, latency
+from graphopt.analyses import allocation, gradients, latency
 from graphopt.analyses import prune_report as report
 from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, channel_groups
 from graphopt.analyses.cut import Cut
-from graphopt.analyses.importance import SELECTORS, Curve, Family, curve, families, sites
+from graphopt.analyses.folding import fold
+from graphopt.analyses.importance import SELECTORS, Curve, Family, curve, families, selector, sites
 from graphopt.analyses.repair import Feeds, Fit, live_bytes
 from graphopt.analyses.repair import repair as fit_to
 from graphopt.analyses.residual_blocks import Block, chains, residual_blocks
@@ -46,6 +47,7 @@ _ALIGNMENT: Final = (
 _OVERSHOOT: Final = 0.04  # of the cost: more is not removed only for the sake of widths that the hardware likes
 _MEMORY: Final = 1 << 31  # bytes of activations
 _BATCH: Final = 32
+_GRADIENTS: Final = 128  # samples
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
 
@@ -75,7 +77,9 @@ class PruneChannels(Pass):
     target: Literal["macs", "params", "latency"] = (
         "macs"  # the cost: of a sample; parameters; seconds in ONNX Runtime on this CPU
     )
-    importance: Literal["obs", "activation", "l1", "l2", "median", "random"] = "obs"  # who goes first
+    importance: str = (
+        "obs"  # who goes first: obs, activation, l1, l2, median, fisher, fold, random, or your module:function
+    )
     align: int | None = (
         None  # kept widths are multiples of this where they were; none: what the target wants, 8 without one
     )
@@ -92,6 +96,10 @@ class PruneChannels(Pass):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"{name} is {value}; give a share between 0 and 1, as in {name}=0.3")
+        if self.importance not in SELECTORS and ":" not in self.importance:
+            raise ValueError(
+                f"importance is {self.importance!r}; there are {', '.join(SELECTORS)}, and a function of yours, module:function"
+            )
         if self.rounds < 1 or self.samples < 1 or (self.align is not None and self.align < 1):
             raise ValueError("rounds, samples and align are 1 at least")
 
@@ -130,7 +138,11 @@ class PruneChannels(Pass):
             if not admitted and not blocks:
                 break
             removed += len(admitted) + len(blocks)
-            cut.apply(model, groups, {c for step in admitted for c in step}, blocks)
+            gone = {c for step in admitted for c in step}
+            if self.importance == "fold":
+                fold(model, groups, gone)
+                groups = channel_groups(model, heads=self.heads)  # numbered as before
+            cut.apply(model, groups, gone, blocks)
             if feeds and self.repair:
                 if number == self.rounds - 1:
                     plain = _distance(original, model, feeds)
@@ -200,20 +212,23 @@ class PruneChannels(Pass):
         readers = sites(groups, feeds, ctx.evaluate, ctx.seed)
         most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
         curves = []
-        found = families(groups)
+        found, order = families(groups), selector(self.importance)
+        several = feeds[: max(1, _GRADIENTS // _BATCH)]
+        told = functools.cache(lambda: gradients.squares(groups, several, ctx.evaluate, ctx.seed)) if feeds else None
         for number, family in enumerate(found):
             classes = set(family.classes)
             mine = [site for site in readers if classes.intersection(site.owner.tolist())]
             limits = {g: most[g] for g in family.groups}
             if any(limits.values()):
-                selector, marks = SELECTORS[self.importance], _MEASURED if feeds else ()
-                curves.append(curve(groups, family, mine, selector, seed=ctx.seed, most=limits, samples=marks))
+                marks = _MEASURED if feeds else ()
+                line = curve(groups, family, mine, order, seed=ctx.seed, most=limits, samples=marks, gradients=told)
+                curves.append(line)
             ctx.progress("ordering channels", number + 1, len(found))
         if not feeds:
             return curves, [allocation.damages(line, []) for line in curves]
-        told = functools.partial(ctx.progress, "measuring cuts")
+        step = functools.partial(ctx.progress, "measuring cuts")
         points = allocation.measure(
-            groups, curves, self._some(groups, sum(len(c.weights) for c in curves), feeds), told
+            groups, curves, self._some(groups, sum(len(c.weights) for c in curves), feeds), step
         )
         return curves, [allocation.damages(line, at) for line, at in zip(curves, points, strict=True)]
 

@@ -11,14 +11,15 @@ import pytest
 from test_channel_groups import channel_groups, choose
 
 from graphopt import cli, ir, models, verify
+from graphopt.analyses import gradients
 from graphopt.analyses.cut import Cut
 from graphopt.analyses.gram import Moments, layers, ridge
-from graphopt.analyses.importance import SELECTORS
+from graphopt.analyses.importance import SELECTORS, Chooser
 from graphopt.analyses.residual_blocks import chains, residual_blocks
 from graphopt.analyses.shapes import Shapes
 from graphopt.data import open_data
 from graphopt.discovery import find_pass
-from graphopt.edit import cleanup
+from graphopt.edit import Editor, cleanup
 from graphopt.errors import UsageError, UserError
 from graphopt.evaluate import Evaluator, evaluate_node
 from graphopt.pass_base import Context
@@ -127,6 +128,99 @@ def test_every_selector_prunes(name: str, mobilenet: ir.Model) -> None:
         <= 0.701 * channel_groups(mobilenet).cost_model("macs").total()
     )
     assert top1(result.model) > 0.5 if name != "random" else result.rewrites
+
+
+def by_name(chooser: Chooser) -> dict[int, float]:
+    """A selector of one's own: the last channel first."""
+    return {root: -float(root) for root in chooser.left}
+
+
+def test_selector_of_ones_own_is_one_function() -> None:
+    model = ir.parse(CHAIN)
+    result = prune(model, f"{{ratio=0.25,align=1,importance={__name__}:by_name,repair=false}}", noise(16, 2, 4, 4))
+    (kept,) = (c for c in result.model.constants() if c.shape[1] == 2)
+    np.testing.assert_array_equal(kept.values.reshape(-1), [1, 0.5, -1, 2, 0.25, 1])
+    with pytest.raises(UserError, match="write module:function"):
+        prune(model, "{importance=no.such:thing}")
+    with pytest.raises(UsageError, match="there are obs, activation"):
+        Pipeline.parse("prune-channels{importance=obz}")
+
+
+GRADED = """
+    <ir_version: 8, opset_import: ["": 20]>
+    g (float[N,2,6,6] x, float[4,2,3,3] a, float[4] ab, float[4,1,3,3] b, float[6,4,1,1] c, float[6] s, float[6] sb, float[24,3] d,
+       float[1,6,1,1] k) => (float[N,3] y)
+    <int64[2] flat = {0, -1}, int64[1] zero = {0}, int64[1] six = {6}, int64[1] one = {1}>
+    { p = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, a, ab)
+      q = Gelu (p)
+      r = Conv <group = 4, pads = [1, 1, 1, 1]> (q, b)
+      r1 = MaxPool <kernel_shape = [2, 2]> (r)
+      r2 = AveragePool <kernel_shape = [2, 2], strides = [1, 1]> (r)
+      u1 = Conv (r1, c)
+      u2 = Conv (r2, c)
+      u = Add (u1, u2)
+      v = Sigmoid (u)
+      w = Mul (v, k)
+      t = Transpose <perm = [0, 2, 3, 1]> (w)
+      n = LayerNormalization (t, s, sb)
+      m = Softmax (n)
+      v3 = Exp (n)
+      e = Div (m, v3)
+      h = Slice (e, zero, six, one)
+      f = Reshape (h, flat)
+      y = MatMul (f, d) }
+"""
+
+
+def test_gradients_are_differences() -> None:
+    """What fisher squares, against finite differences of a factor on one class, for a drawn direction of the outputs."""
+    rng = np.random.default_rng(3)
+    model = ir.parse(GRADED)
+    shapes = {"a": (4, 2, 3, 3), "ab": (4,), "b": (4, 1, 3, 3), "c": (6, 4, 1, 1), "s": (6,), "sb": (6,), "d": (24, 3)}
+    shapes["k"] = (1, 6, 1, 1)
+    weights = {n: ir.Constant(n, 0.5 * rng.standard_normal(s).astype(np.float32)) for n, s in shapes.items()}
+    for node in model.graph.nodes:
+        node.name = f"n_{node.outputs[0].name}"
+        for index, tensor in enumerate(node.inputs):
+            node.inputs[index] = weights.get(tensor.name, tensor)
+    model.graph.inputs = model.graph.inputs[:1]
+    groups = channel_groups(model)
+    feed = {"x": noise(1, 2, 6, 6)}
+    found = gradients.squares(groups, [feed], evaluate_node, seed=1)
+    assert found
+    y = Evaluator(model).run(feed)["y"]
+    drawn = np.random.default_rng(1).standard_normal(y.shape) / y.std()
+
+    def loss(root: int, factor: float) -> float:
+        copy = model.clone()
+        edit = Editor(copy)
+        nodes = {node.name: node for node in copy.graph.nodes}
+        for contraction in groups.contractions:
+            node = nodes[contraction.node.name]
+            shape = [1] * len(groups.labels(contraction.node.inputs[contraction.operand]) or ())
+            shape[contraction.axis] = -1
+            mask = np.where(groups.roots[contraction.atoms] == root, factor, 1).astype(np.float32).reshape(shape)
+            scaled = edit.variable("scaled")
+            edit.insert_before(
+                node, ir.Node("Mul", "m", {}, [node.inputs[contraction.operand], edit.constant("m", mask)], [scaled])
+            )
+            node.inputs[contraction.operand] = scaled
+        edit.commit()
+        return float((Evaluator(copy).run(feed)["y"] * drawn).sum())
+
+    for root, square in found.items():
+        slope = (loss(root, 1.01) - loss(root, 0.99)) / 0.02
+
+        assert square == pytest.approx(slope**2, rel=0.02, abs=1e-4)
+
+
+def test_twin_is_folded_into_the_one_that_stays() -> None:
+    """The last filter is twice the first: without any samples and any fit, its readers lose nothing."""
+    model = ir.parse(CHAIN)
+    result = prune(model, "{ratio=0.25,align=1,importance=fold,repair=false}").model
+    x = noise(4, 2, 4, 4)
+    before, after = (Evaluator(m).run({"x": x})["y"] for m in (model, result))
+    np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- behaviour

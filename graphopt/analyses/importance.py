@@ -14,6 +14,7 @@ what it chose are the same for all of them, so selectors can be compared.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -24,6 +25,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.channel_groups import ChannelGroups, Contraction, Group
 from graphopt.analyses.gram import MAX_COLUMNS, Layer, Moments, layers
 from graphopt.analyses.repair import Feeds, Runner, picks, pool
+from graphopt.errors import UserError
 from graphopt.pass_base import Evaluate
 
 Array = np.ndarray[Any, Any]
@@ -219,8 +221,17 @@ def _other_site(groups: ChannelGroups, contraction: Contraction, runner: Runner)
 class Chooser:
     """The readers of one family while its classes go."""
 
-    def __init__(self, groups: ChannelGroups, family: Family, readers: Sequence[Site], seed: int) -> None:
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        family: Family,
+        readers: Sequence[Site],
+        seed: int,
+        gradients: Callable[[], Mapping[int, float]] | None = None,
+    ) -> None:
+        """Start with all classes; `gradients` gives their mean squared gradients where someone asks."""
         self.groups = groups
+        self.gradients = gradients
         self.family = family
         self.left = list(family.classes)
         self.rng = np.random.default_rng(seed)
@@ -358,6 +369,30 @@ def geometric_median(chooser: Chooser) -> Mapping[int, float]:
     return scores
 
 
+def fisher(chooser: Chooser) -> Mapping[int, float]:
+    """The mean squared gradient of the outputs' likelihood by a factor on the channels (analyses/gradients)."""
+    if chooser.gradients is None:
+        raise UserError("importance=fisher needs samples: --data calib.npz; norms of weights (l2) need none")
+    found = chooser.gradients()
+    return {root: found[root] for root in chooser.left}
+
+
+def fold(chooser: Chooser) -> Mapping[int, float]:
+    """What is left of the filter when the most similar other one, scaled, is taken off: who has a twin goes first (analyses/folding)."""
+    rows = {root: np.concatenate(r) if r else np.zeros(1, np.float32) for root, r in chooser.rows().items()}
+    scores = {}
+    for root in chooser.left:
+        mine = rows[root].astype(np.float64)
+        others = [rows[o] for o in chooser.left if o != root and rows[o].shape == mine.shape]
+        if not others:
+            scores[root] = float(np.square(mine).sum())
+            continue
+        table = np.array(others, np.float64)
+        along = np.maximum(table @ mine, 0) ** 2 / (np.square(table).sum(1) + 1e-30)
+        scores[root] = float(np.square(mine).sum() - along.max(initial=0.0))
+    return scores
+
+
 def random(chooser: Chooser) -> Mapping[int, float]:
     """By lot, from the seed."""
     return dict(zip(chooser.left, chooser.rng.random(len(chooser.left)).tolist(), strict=True))
@@ -369,25 +404,47 @@ SELECTORS: Final[dict[str, Selector]] = {
     "l1": _norm(1),
     "l2": _norm(2),
     "median": geometric_median,
+    "fisher": fisher,
+    "fold": fold,
     "random": random,
 }
+
+
+def selector(name: str) -> Selector:
+    """One of `SELECTORS`, or a function of one's own as ``module:function``.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    if name in SELECTORS:
+        return SELECTORS[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"importance={name}: {error}; write module:function, importable from here") from None
+    if not callable(found):
+        raise UserError(f"importance={name}: {attribute} is no function")
+    chosen: Selector = found
+    return chosen
 
 
 def curve(
     groups: ChannelGroups,
     family: Family,
     readers: Sequence[Site],
-    selector: Selector,
+    order: Selector,
     *,
     seed: int = 0,
     most: Mapping[Group, int],
     samples: Sequence[float] = (),
+    gradients: Callable[[], Mapping[int, float]] | None = None,
 ) -> Curve:
     """Remove a family's classes one after the other, the least important first, until `most` of each group are gone.
 
     At the shares `samples` of all steps the repaired weights are kept for measuring.
     """
-    chooser = Chooser(groups, family, readers, seed)
+    chooser = Chooser(groups, family, readers, seed, gradients)
     group_of = {c: g for g in family.groups for c in g.classes}
     gone = dict.fromkeys(family.groups, 0)
     found = Curve(family, [], [0.0])
@@ -395,7 +452,7 @@ def curve(
     marks = sorted({max(1, round(limit * share)) for share in samples})
     total, refused = 0, set[int]()
     while True:
-        scores = selector(chooser)
+        scores = order(chooser)
         batch: list[tuple[int, ...]] = []
         for _ in range(max(1, len(chooser.left) // _FINE)):
             taken = {c for bundle in batch for c in bundle}

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fuzz lint docs simplify kill-test clean
+.PHONY: demo test fuzz fuzz-graphs fuzz-files lint docs simplify kill-test clean
 .DEFAULT_GOAL := test
 
 .venv/.installed: pyproject.toml
@@ -22,8 +22,14 @@ lint: .venv/.installed
 test: lint  ## everything CI runs
 	$(BIN)/python -m pytest -q -n 2
 
-fuzz: .venv/.installed  ## the laws of the suite on random models, for MINUTES (10)
+fuzz: fuzz-graphs fuzz-files
+
+fuzz-graphs: .venv/.installed  ## the laws of the suite on random models, for MINUTES (10)
 	$(BIN)/python tests/fuzz.py --minutes $(or $(MINUTES),10)
+
+fuzz-files: .venv/.installed  ## mutated files, MINUTES (10) at random and as long guided by coverage; what fails goes to fuzz-finds/
+	$(BIN)/python tests/fuzz_files.py --seconds $$(($(or $(MINUTES),10) * 60))
+	$(BIN)/python tests/fuzz_files.py --seconds $$(($(or $(MINUTES),10) * 60)) --atheris
 
 simplify: .venv/.installed  ## nodes, CPU seconds and memory beside the peers; PEERS is a Python with benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.simplify $(if $(PEERS),--python $(PEERS))

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from graphopt import staging
+from graphopt import staging, verify
 from graphopt.backend import Arrays, Artifact, BuildOptions, Session, ShapeRange
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InvalidModel, UserError
@@ -211,8 +211,10 @@ def open(path: str | os.PathLike[str], target: str | None = None, options: Build
             raise BackendUnavailable(f"{str(path)!r} is a model file; build it for {target!r} first")
         with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
             file = Path(path)
+            model = load(file)  # refuses external data elsewhere, and other things that ONNX Runtime might not
+            verify.operators(model, {n.domain for n in model.nodes() if n.domain})
             if file.suffix == ".onnxtxt":
-                file = save(load(file), Path(folder) / "model.onnx")[0]
+                file = save(model, Path(folder) / "model.onnx")[0]
             session = backend.open(file.parent, Artifact((file.name,), {}), lone, options or BuildOptions())
         return BundleSession(session, None)
     return Bundle.load(path).open(target, options)

@@ -32,7 +32,7 @@ from graphopt.commands.reduce import reduce
 from graphopt.commands.reproduce import reproduce
 from graphopt.commands.run import run_bundle
 from graphopt.commands.sensitivity import sensitivity
-from graphopt.commands.terminal import complain, err, mute_stdout
+from graphopt.commands.terminal import HarmlessFormatter, complain, err, mute_stdout
 from graphopt.commands.verify import verify
 from graphopt.errors import GraphoptError, InternalError, OutputError, UsageError, UserError
 
@@ -68,7 +68,9 @@ app.command(short_help="Time bundles and models side by side.")(bench)
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(HarmlessFormatter("warning: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     sys.exit(run(sys.argv[1:]))
 
 
@@ -103,7 +105,7 @@ def exit_code(call: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (InternalError, GraphoptError) as error:
-        traceback.print_exc()
+        _print_traceback(error)
         complain(error)
         err.print(
             "this is a bug in graphopt or in a plug-in pass; --reproducer FILE writes what is needed to report it"
@@ -125,8 +127,12 @@ def _usage(error: Any) -> int:
     return 2
 
 
+def _print_traceback(error: Exception) -> None:
+    err.print("".join(traceback.format_exception(error)).rstrip(), markup=False, soft_wrap=True)
+
+
 def _unexpected(error: Exception) -> int:
-    traceback.print_exception(error)
+    _print_traceback(error)
     err.print(f"error: unexpected {type(error).__name__}; this is a bug in graphopt", markup=False)
     return 3
 

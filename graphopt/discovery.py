@@ -3,7 +3,6 @@ elsewhere."""
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import TypeVar
 
 from graphopt.backend import Backend
-from graphopt.errors import InternalError, UnknownPass, UnknownTarget
+from graphopt.errors import InternalError, UnknownPass, UnknownTarget, closest
 from graphopt.pass_base import Pass
 
 T = TypeVar("T")
@@ -72,8 +71,8 @@ def find_pass(name: str) -> type[Pass]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` where something is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = closest(name, known)
+    return f" (did you mean {near!r}?)" if near is not None else ""
 
 
 @functools.cache

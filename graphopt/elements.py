@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -85,6 +85,9 @@ class StoredValues(LazyValues):  # type: ignore[misc]  # graphsurgeon is untyped
         return len(self.raw) if self.raw is not None else stored_bytes(self.dtype, self.shape)
 
 
+MOST_DENSE: Final = 1 << 31  # bytes of a sparse initializer made dense; no denser one fits a protobuf either
+
+
 class SparseStoredValues(StoredValues):
     """A sparse initializer; carried as it is, decoded to a dense array on demand."""
 
@@ -100,6 +103,8 @@ class SparseStoredValues(StoredValues):
             UnsupportedModel: it does not fit into memory.
         """
         try:
+            if math.prod(self.shape) * self.dtype.itemsize > MOST_DENSE:
+                raise MemoryError
             dense = np.full(self.shape, "" if self.dtype.kind == "O" else 0, self.dtype)
         except (MemoryError, ValueError):
             raise UnsupportedModel(

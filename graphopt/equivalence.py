@@ -39,6 +39,7 @@ _DEFAULT_DIM: Final = 2  # a dynamic dimension nobody described; 1 would hide br
 _RANDOM: Final = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
 )
+_MOST_ELEMENTS: Final = 1 << 29  # of a generated input
 _CONDITION: Final = 64
 _ROUNDING: Final = 4  # of eps; 8 for a layer's condition, and a rounding errs by half of eps
 _AMPLIFICATION: Final = 4  # a rewrite rounds in every layer, a nudge of the inputs only before the first
@@ -178,6 +179,10 @@ def generate_inputs(
         if spec.dtype is None:
             raise UnsupportedModel(f"input {spec.name!r} is no dense tensor; give its value yourself")
         shape = tuple(_dim(d, dims) for d in (spec.shape if spec.shape is not None else (None,)))
+        if math.prod(shape) > _MOST_ELEMENTS:
+            raise UnsupportedModel(
+                f"input {spec} is too large to generate; give a sample with --data, or a smaller shape"
+            )
         feeds[spec.name] = _draw(rng, spec.dtype, shape, high)
     return feeds
 

@@ -3,6 +3,22 @@
 Texts follow one form: what happened, where (node, op, tensor), what to do next; lower-case, values with ``!r``.
 """
 
+import difflib
+import itertools
+from collections.abc import Iterable
+from typing import Final
+
+_LONGEST: Final = 200  # characters of a name that is worth comparing, which takes their square
+_MOST: Final = 10_000  # names
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` may have been meant to be."""
+    if len(name) > _LONGEST:
+        return None
+    names = [k for k in itertools.islice(known, _MOST) if len(k) <= _LONGEST]
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+
 
 class GraphoptError(Exception):
     """Base of every error that graphopt raises on purpose."""

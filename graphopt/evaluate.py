@@ -29,6 +29,7 @@ def _quiet_options() -> Any:
     """Session options that compute every node as written: no optimization, one thread, so that sums keep their order."""
     import onnxruntime as ort
 
+    ort.set_default_logger_severity(4)  # what it would print comes as exceptions
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1

@@ -300,12 +300,18 @@ def parse(text: str, source: Path | None = None) -> Model:
         InvalidModel: the text does not parse; the message holds line and column.
     """
     where = repr(str(source)) if source else "the text"
+    if _nesting(text) > _MOST_BRACKETS:
+        raise InvalidModel(
+            f"{where} does not parse: more than {_MOST_BRACKETS} brackets are open at once; protobuf admits no such model"
+        )
     try:
         if _COMMENT.sub("", text).lstrip().startswith("<"):
             proto = onnx.parser.parse_model(text)
             _pack([proto.graph], (n for f in proto.functions for n in f.node))
             return _build(proto, source, {}, where)
         graph = onnx.parser.parse_graph(text)
+    except DecodeError:
+        raise InvalidModel(f"{where} cannot be read: it nests deeper than protobuf admits; flatten it") from None
     except (onnx.parser.ParseError, ValueError, IndexError, RuntimeError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InvalidModel(f"{where} does not parse: {' | '.join(lines)[:500]}") from None
@@ -314,6 +320,15 @@ def parse(text: str, source: Path | None = None) -> Model:
     imports = [onnx.helper.make_opsetid(d, 1 if d else _TEXT_OPSET) for d in sorted(domains)]
     proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=_TEXT_IR_VERSION)
     return _build(proto, source, {}, where)
+
+
+def _nesting(text: str) -> int:
+    """How many braces and parentheses are open at once: onnx's parser descends once for each, on the C stack."""
+    depth = deepest = 0
+    for match in _BRACKET.finditer(text):
+        depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(match[0], 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _pack(graphs: list[onnx.GraphProto], nodes: Iterable[onnx.NodeProto] = ()) -> None:
@@ -413,6 +428,8 @@ def saves(model: Model) -> bytes:
 
 
 _SAFE = re.compile(r"[^\w./:-]+")
+_BRACKET = re.compile(r'[{}()]|"(?:[^"\\]|\\.)*"|#.*')
+_MOST_BRACKETS: Final = 100
 _COMMENT = re.compile(r"^\s*#.*$", re.MULTILINE)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,10 +30,13 @@ from graphopt.elements import (
     packed_bits,
     stored_bytes,
 )
-from graphopt.errors import InvalidModel, UnsupportedModel
+from graphopt.errors import InvalidModel, UnsupportedModel, closest
 from graphopt.wire import encode_varint, map_beside
 
 MOST_NESTED: Final = 33  # bodies in bodies: protobuf admits 100 messages in one another, and a body takes three
+MOST_NODES: Final = 1_000_000  # with bodies and functions; the largest exports have a tenth of it
+_MOST_CLAIMS: Final = 16  # times that tensors may share the bytes of an external file, as tied weights do
+_FREE_CLAIMS: Final = 1 << 28  # bytes up to which nobody counts
 _MOST_AXES: Final = 64  # NumPy's limit
 
 Scope = ChainMap[str, gs.Tensor]
@@ -54,9 +56,13 @@ class Reader:
         self.raws = raws
         self.maps: dict[str, memoryview] = {}
         self.depth = 0
+        self.nodes = 0
+        self.claimed: dict[str, int] = {}  # bytes of a file that tensors name as theirs
 
     def read(self) -> tuple[Graph, onnx.ModelProto]:
         """The graph, and the ModelProto without graph and functions."""
+        for function in self.proto.functions:
+            self._count(function.node)
         functions = [_function(f) for f in self.proto.functions]
         graph = self._graph(self.proto.graph, ChainMap(), self.raws)
         graph.opset = next((o.version for o in self.proto.opset_import if domain_of(o.domain) == ""), 0)
@@ -67,11 +73,17 @@ class Reader:
         graph.producer_name, graph.producer_version = carried.producer_name, carried.producer_version
         return graph, carried
 
+    def _count(self, nodes: Sized) -> None:
+        self.nodes += len(nodes)
+        if self.nodes > MOST_NODES:
+            raise UnsupportedModel(f"more than {MOST_NODES:,} nodes, which is what graphopt admits: split the model")
+
     def _graph(self, proto: onnx.GraphProto, outer: Scope, raws: dict[int, Buffer]) -> Graph:
         if self.depth > MOST_NESTED:
             raise UnsupportedModel(
                 f"graph {proto.name!r} lies {self.depth} bodies deep; protobuf admits {MOST_NESTED}: flatten the model's control flow"
             )
+        self._count(proto.node)
         graph = Graph(name=_text(proto.name, "a graph"))
         graph.carried = without(proto, "node", "initializer", "sparse_initializer", "input", "output", "value_info")
         where = f"graph {proto.name!r}"
@@ -101,8 +113,10 @@ class Reader:
         # Bodies capture values of this graph, whatever the order of the nodes: all names must exist before the first is read.
         later: list[tuple[Node, onnx.NodeProto]] = []
         for source in proto.node:
-            for name in (source.op_type, source.domain, source.name, *source.input, *source.output):
+            for name in (source.name, *source.input, *source.output):
                 _text(name, "a node")
+            for word in (source.op_type, source.domain):
+                _word(word, "a node")
             inputs = [lookup(name) for name in source.input]
             outputs = [define(name, source) for name in source.output]
             node = Node(source.op_type, source.name, None, inputs, outputs, source.domain)
@@ -297,6 +311,11 @@ class Reader:
             raise InvalidModel(
                 f"{what} needs bytes {offset} to {offset + length} of {location!r}, which has {len(view)}; copy the file again"
             )
+        self.claimed[location] = self.claimed.get(location, 0) + length
+        if self.claimed[location] > max(_FREE_CLAIMS, _MOST_CLAIMS * len(view)):
+            raise InvalidModel(
+                f"{what} and others claim more than {_MOST_CLAIMS} times the {len(view):,} bytes of {location!r}; export the model again"
+            )
         return view[offset : offset + length]
 
 
@@ -306,7 +325,7 @@ def _function(proto: onnx.FunctionProto) -> Function:
     _text(proto.domain, what)
     for node in nodes_of(proto.node):
         for name in (node.op_type, node.domain):
-            _text(name, f"{what}, a node")
+            _word(name, f"{what}, a node")
         _refuse_external(node.attribute, what)
     function = Function(proto.name, proto.domain, nodes=[], inputs=[], outputs=[], opset=None, attrs={})
     function.carried = proto
@@ -355,9 +374,15 @@ def _text(text: str | bytes, what: str) -> str:
     return text
 
 
+def _word(text: str | bytes, what: str) -> None:
+    """Check the name of an operator or domain, which onnx.proto wants to be an identifier: no exporter puts a control character there."""
+    if not _text(text, what).isprintable():
+        raise InvalidModel(f"{what}: {text!r} cannot be the name of an operator or domain; the file is damaged")
+
+
 def _nearest(name: str, scope: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, scope, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = closest(name, scope)
+    return f"; did you mean {near!r}?" if near is not None else ""
 
 
 def without(proto: Any, *fields: str) -> Any:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections import ChainMap, Counter
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt import isolation
 from graphopt.edit import cycle_text, sort
-from graphopt.errors import InvalidModel, UnsupportedModel
-from graphopt.ir import EXTERNAL_ABOVE, Constant, Graph, Model, TensorSpec, save, saves, subgraphs
-from graphopt.reading import Scope, domain_of, nodes_of
+from graphopt.errors import InvalidModel, UnsupportedModel, closest
+from graphopt.ir import EXTERNAL_ABOVE, Constant, Graph, Model, Node, TensorSpec, save, saves, subgraphs
+from graphopt.reading import MOST_NODES, Scope, domain_of, nodes_of
 from graphopt.writing import homeless
+
+_MOST_CALLS: Final = 100  # functions that call one another; onnx's shape inference goes down this chain on the C stack
 
 KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -119,15 +121,16 @@ def cycles(model: Model) -> None:
 
 
 def operators(model: Model, allowed_domains: Iterable[str] = ()) -> None:
-    """Check that every operator exists at the opset that the model imports, and that functions do not call themselves.
+    """Check that every operator exists at the opset that the model imports and is used as its schema says: number of operands and results,
+    types of attributes; and that functions do not call themselves. Passes rely on all of this.
 
     Args:
         model: what to check, functions' bodies included.
         allowed_domains: custom domains that are carried unread.
 
     Raises:
-        InvalidModel: an unknown operator, a domain without an opset import, or recursive functions.
-        UnsupportedModel: a domain that graphopt does not know.
+        InvalidModel: an unknown operator or one used against its schema, a domain without an opset import, or recursive functions.
+        UnsupportedModel: a domain that graphopt does not know, or functions that stand for too much.
     """
     functions = {(domain_of(f.carried.domain), f.carried.name): f.carried for f in model.functions}
     allowed = {"com.microsoft", *allowed_domains}
@@ -136,7 +139,11 @@ def operators(model: Model, allowed_domains: Iterable[str] = ()) -> None:
         opsets = {domain_of(o.domain): int(o.version) for o in function.opset_import}
         nodes = ((n.op_type, n.domain, n.name) for n in nodes_of(function.node))
         _operators(nodes, opsets, functions, allowed)
-    _recursion(functions)
+    _forms(map(_form_of, model.nodes()), model.opsets, functions)
+    for function in functions.values():
+        opsets = {domain_of(o.domain): int(o.version) for o in function.opset_import}
+        _forms(map(_form_of_proto, nodes_of(function.node)), opsets, functions)
+    _expansion(model, functions)
 
 
 def _operators(
@@ -167,37 +174,124 @@ def _operators(
             )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How a node uses its operator."""
+
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: int
+    attributes: Mapping[str, int]  # name -> type, of those whose type is known
+
+    def against(self, schema: Any) -> str | None:
+        """What is wrong with it under `schema`, if anything."""
+        given = len(self.inputs)
+        while given and not self.inputs[given - 1]:
+            given -= 1
+        for what, count, most in (("operands", given, schema.max_input), ("results", self.outputs, schema.max_output)):
+            if count > most:
+                return f"has {count} {what}, the operator takes at most {most}"
+        if len(self.inputs) < schema.min_input:
+            return f"has {len(self.inputs)} operands, the operator needs {schema.min_input}"
+        if self.outputs < schema.min_output:
+            return f"has {self.outputs} results, the operator gives at least {schema.min_output}"
+        for formal, name in zip(schema.inputs, self.inputs, strict=False):
+            if formal.option == onnx.defs.OpSchema.FormalParameterOption.Single and not name:
+                return f"lacks its operand {formal.name!r}"
+        for name, attribute in schema.attributes.items():
+            if name not in self.attributes:
+                if attribute.required:
+                    return f"lacks its attribute {name!r}"
+            elif self.attributes[name] and self.attributes[name] != attribute.type.value:
+                wanted = onnx.AttributeProto.AttributeType.Name(attribute.type.value)
+                return f"has an attribute {name!r} of another type than {wanted}"
+        return None
+
+
+def _form_of(node: Node) -> _Form:
+    types = {name: getattr(node, "attr_types", {}).get(name, 0) for name in node.attrs}
+    outputs = len(node.outputs)
+    return _Form(node.op, domain_of(node.domain), node.name, tuple(t.name for t in node.inputs), outputs, types)
+
+
+def _form_of_proto(node: onnx.NodeProto) -> _Form:
+    types = {a.name: a.type for a in node.attribute}
+    return _Form(node.op_type, domain_of(node.domain), node.name, tuple(node.input), len(node.output), types)
+
+
+def _forms(forms: Iterable[_Form], opsets: dict[str, int], functions: Collection[tuple[str, str]]) -> None:
+    schemas: dict[tuple[str, str], Any] = {}
+    for form in forms:
+        key = (form.domain, form.op)
+        if key not in schemas:
+            version = max(0, min(opsets.get(form.domain, 0), _NEWEST))
+            known = key not in functions and onnx.defs.has(form.op, version, form.domain)
+            schemas[key] = onnx.defs.get_schema(form.op, version, form.domain) if known else None
+        fault = schemas[key] and form.against(schemas[key])
+        if fault:
+            label = f"{form.domain}." if form.domain else ""
+            raise InvalidModel(
+                f"node {form.name!r} ({label}{form.op}) {fault} in opset {opsets[form.domain]}; export the model again"
+            )
+
+
 def _operator_hint(op: str, domain: str, opset: int) -> str:
     since = [s.since_version for s in onnx.defs.get_all_schemas_with_history() if (s.name, s.domain) == (op, domain)]
     if since:
         return f"it came with opset {min(since)}: convert the model with onnx.version_converter"
     every = sorted({s.name for s in onnx.defs.get_all_schemas() if s.domain == domain})
-    near = difflib.get_close_matches(op, every, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"check the opset (it is {opset}) or the name"
+    near = closest(op, every)
+    return f"did you mean {near!r}?" if near is not None else f"check the opset (it is {opset}) or the name"
 
 
-def _recursion(functions: dict[tuple[str, str], onnx.FunctionProto]) -> None:
-    """Functions stand for their bodies, which must therefore end: peel off those that call only what is peeled off already."""
+def _expansion(model: Model, functions: dict[tuple[str, str], onnx.FunctionProto]) -> None:
+    """Functions stand for their bodies, which must therefore end, and not be too many: peel off those that call only what is peeled off.
+
+    Raises:
+        InvalidModel: functions call themselves.
+        UnsupportedModel: calls nest too deep, or stand for too many nodes.
+    """
     calls = {
-        key: {call for n in nodes_of(f.node) if (call := (domain_of(n.domain), n.op_type)) in functions}
+        key: Counter(call for n in nodes_of(f.node) if (call := (domain_of(n.domain), n.op_type)) in functions)
         for key, f in functions.items()
     }
     callers: dict[tuple[str, str], list[tuple[str, str]]] = {key: [] for key in calls}
     for key, called in calls.items():
         for call in called:
             callers[call].append(key)
-    ready = [key for key, called in calls.items() if not called]
+    size: dict[tuple[str, str], int] = {}  # nodes that a call stands for
+    depth: dict[tuple[str, str], int] = {}
+    open_calls = {key: len(called) for key, called in calls.items()}
+    ready = [key for key, count in open_calls.items() if not count]
     while ready:
         done = ready.pop()
+        called = calls[done]
+        own = sum(1 for _ in nodes_of(functions[done].node))
+        size[done] = own + sum(count * size[call] for call, count in called.items())
+        depth[done] = 1 + max((depth[call] for call in called), default=0)
         for caller in callers[done]:
-            calls[caller].discard(done)
-            if not calls[caller]:
+            open_calls[caller] -= 1
+            if not open_calls[caller]:
                 ready.append(caller)
-    left = [name for (_, name), called in calls.items() if called]
+    left = [name for key in calls if key not in size for _, name in [key]]
     if left:
         raise InvalidModel(
             f"functions {', '.join(map(repr, left[:4]))} call themselves, directly or through each other; "
             "a function has to end: export the model again"
+        )
+    deepest = max(depth, key=lambda key: depth[key], default=None)
+    if deepest is not None and depth[deepest] > _MOST_CALLS:
+        raise UnsupportedModel(
+            f"function {deepest[1]!r} calls functions {depth[deepest]} deep; onnx descends once for each, and graphopt "
+            f"admits {_MOST_CALLS}: inline some when exporting"
+        )
+    total = sum(size.get((domain_of(n.domain), n.op), 0) for n in model.nodes())
+    total = max([total, *size.values()])
+    if total > MOST_NODES:
+        raise UnsupportedModel(
+            f"calls of functions stand for {total:,} nodes, more than the {MOST_NODES:,} that graphopt admits: export a smaller model"
         )
 
 

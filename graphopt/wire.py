@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,9 +169,7 @@ def map_file(path: Path) -> memoryview:
         OSError: as `open` does.
     """
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return memoryview(b"")
-        return memoryview(MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return _map_open(file)
 
 
 def map_beside(model: Path, location: str, what: str) -> memoryview:
@@ -193,12 +192,40 @@ def map_beside(model: Path, location: str, what: str) -> memoryview:
             )
         if path.exists() and not path.is_file():
             raise InvalidModel(f"{what}: external data {location!r} is no regular file; put the file beside the model")
-        return map_file(path)
+        return _map_within(next(f for f in folders if path.resolve().is_relative_to(f)), path.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name, a loop of links
         reason = getattr(error, "strerror", None) or error
         raise InvalidModel(
             f"{what}: external data {location!r} cannot be read ({reason}); it belongs beside the model"
         ) from None
+
+
+def _map_within(folder: Path, path: Path) -> memoryview:
+    """Map a file below `folder`; both are free of links, and one that takes a place on the way meanwhile is not followed.
+
+    Raises:
+        OSError: as `open` does, and where it meets a link or no regular file.
+    """
+    if os.open not in os.supports_dir_fd:
+        return map_file(path)
+    *inner, name = path.relative_to(folder).parts
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in inner:
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=place)
+            os.close(place)
+            place = below
+        with os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place), "rb") as file:
+            return _map_open(file)
+    finally:
+        os.close(place)
+
+
+def _map_open(file: IO[bytes]) -> memoryview:
+    state = os.fstat(file.fileno())
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError(errno.EINVAL, "no regular file")
+    return memoryview(MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)) if state.st_size else memoryview(b"")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ _RANDOM: Final = frozenset(
 # Folding these away would turn a quantized weight back into a float one and take the marks that runtimes look for.
 _QUANTIZED: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _SMALL: Final = 1 << 20  # bytes that are computed without asking for the size
+_HELD: Final = 1 << 30  # bytes of values computed in one run, or twice the model's weights where these are more
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class _Plan:
     folds: dict[int, Node] = field(default_factory=dict)  # id(node) -> node, in order
     kept: dict[int, int] = field(default_factory=dict)  # id(value or initializer) -> readers that stay
     size: dict[int, int] = field(default_factory=dict)  # id(value or initializer) -> bytes in the file
+    held: int = 0  # bytes computed so far
+
+    def __post_init__(self) -> None:
+        self.room = max(_HELD, 2 * self.model.nbytes)  # bytes
 
     # ------------------------------------------------------------------------------------------------- computing
 
@@ -133,13 +138,15 @@ class _Plan:
         else:
             operands = [self.operand(t) for t in node.inputs]
             given = sum(a.nbytes for a in operands if a is not None)
-            allowed = self.options.max_value
+            allowed = min(self.options.max_value, self.room - self.held)
             if self.options.budget is not None:
                 allowed = min(allowed, given + self.options.budget)
             fill = _fill(node, operands)
             size = fill.nbytes if fill is not None else _output_bytes(self.model, node, operands, allowed)
             if size is None and self.options.budget is not None:
                 return "constant, but of unknown size; allow it with fold-constants{budget=none}"
+            if size is not None and size > self.room - self.held:
+                return f"constant, but {size:,} bytes large, and {self.held:,} are computed already; left to run time"
             if size is not None and size > allowed:
                 advice = (
                     "allow it with fold-constants{budget=none}"
@@ -155,6 +162,7 @@ class _Plan:
             return ""
         for tensor, array in zip((t for t in node.outputs if t.name), arrays, strict=True):
             self.values[id(tensor)] = _Folded(tensor, node, array)
+            self.held += array.nbytes if node.op != "Constant" else 0
         self.folds[id(node)] = node
         return None
 
@@ -288,7 +296,7 @@ def _output_bytes(model: Model, node: Node, operands: list[Array | None], allowe
         proto = Model(
             graph, onnx.ModelProto(ir_version=model.ir_version, opset_import=model.carried.opset_import)
         ).to_proto()
-        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(proto)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None
     total = 0

@@ -7,13 +7,16 @@ dimensions and dtype without data. Reference: https://github.com/onnx/onnx/blob/
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import onnx
 
+from graphopt.analyses.shapes import Shapes
 from graphopt.ir import Dim, Graph, Model, Shape, Variable, numpy_dtype
 from graphopt.pass_base import Context, Pass
+
+_LONG: Final = 1 << 16  # elements
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,18 @@ class InferShapes(Pass):
     """
 
     max_constant: int = 8192  # bytes of a constant whose content may matter to a shape
-    data_prop: bool = True  # follow the values of shape arithmetic
+    data_prop: bool = (
+        True  # follow the values of shape arithmetic, unless a vector is so long that onnx would choke on it
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """Refine all graphs; returns the number of values that became better known."""
         slim = model.to_proto(lambda c: c.nbytes <= self.max_constant)
+        follow = self.data_prop and not _has_long_vector(model, ctx.analysis(Shapes, model))
         inferred: onnx.ModelProto | None = None
         for strict in (True, False):  # strict stops at the first contradiction and names it, the other goes around it
             try:
-                inferred = onnx.shape_inference.infer_shapes(slim, strict_mode=strict, data_prop=self.data_prop)
+                inferred = onnx.shape_inference.infer_shapes(slim, strict_mode=strict, data_prop=follow)
                 break
             except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
                 ctx.remark(None, f"onnx cannot infer all shapes: {' '.join(str(error).split())[:200]}")
@@ -68,6 +74,17 @@ class InferShapes(Pass):
                 if isinstance(body, Graph):
                     refined += self._graph(body, attribute.g, promised, ctx)
         return refined
+
+
+def _has_long_vector(model: Model, shapes: Shapes) -> bool:
+    """onnx follows the elements of every vector it meets, 120 bytes for each (onnx 1.23), whether they are known or not."""
+    graphs = list(model.graphs())
+    tensors = [t for g in graphs for t in [*g.inputs, *(t for n in g.nodes for t in [*n.inputs, *n.outputs])]]
+    for tensor in tensors:
+        for shape in (tensor.shape, shapes.shape(tensor)):
+            if shape is not None and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > _LONG:
+                return True
+    return False
 
 
 def _refined(

@@ -114,6 +114,28 @@ class _Library:
     functions: dict[_Key, Function]
     templates: dict[_Key, _Template | str] = field(default_factory=dict)
     objections: dict[_Key, str | None] = field(default_factory=dict)
+    ending: set[_Key] = field(default_factory=set)  # that call only functions that end
+
+    def __post_init__(self) -> None:
+        """Find the functions that end: those that call none, then those that call only these, and so on."""
+        calls = {key: self._calls(key) for key in self.functions}
+        callers: dict[_Key, list[_Key]] = {key: [] for key in calls}
+        for key, called in calls.items():
+            for call in called:
+                callers[call].append(key)
+        ready = [key for key, called in calls.items() if not called]
+        while ready:
+            done = ready.pop()
+            self.ending.add(done)
+            for caller in callers[done]:
+                calls[caller].discard(done)
+                if not calls[caller]:
+                    ready.append(caller)
+
+    def _calls(self, key: _Key) -> set[_Key]:
+        nodes = nodes_of(self.functions[key].carried.node)
+        called = {(domain_of(n.domain), n.op_type, getattr(n, "overload", "")) for n in nodes}
+        return called & self.functions.keys()
 
     def imports(self, key: _Key) -> dict[str, int]:
         """The opsets that the function's body uses."""
@@ -128,8 +150,8 @@ class _Library:
         return self.objections[key]
 
     def _objection(self, key: _Key) -> str | None:
-        if self._recursive(key):
-            return f"function {key[1]!r} calls itself"
+        if key not in self.ending:
+            return f"function {key[1]!r} calls itself, or one that does"
         proto = self.functions[key].carried
         versions = {domain_of(o.domain): int(o.version) for o in proto.opset_import}
         for node in nodes_of(proto.node):
@@ -148,19 +170,6 @@ class _Library:
                 return f"function {key[1]!r} uses {node.op_type} of opset {wanted}, the model imports {mine}, where it differs"
         template = self._template(key)
         return template if isinstance(template, str) else None
-
-    def _recursive(self, key: _Key) -> bool:
-        seen: set[_Key] = set()
-        pending = [key]
-        while pending:
-            for node in nodes_of(self.functions[pending.pop()].carried.node):
-                called = (domain_of(node.domain), node.op_type, getattr(node, "overload", ""))
-                if called == key:
-                    return True
-                if called in self.functions and called not in seen:
-                    seen.add(called)
-                    pending.append(called)
-        return False
 
     def _template(self, key: _Key) -> _Template | str:
         if key not in self.templates:

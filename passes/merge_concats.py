@@ -87,7 +87,7 @@ def _drop_empty(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Contex
 
 def _flatten(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, opset: int) -> int:
     """Operands that are Concats along the same axis, read here alone, are replaced by theirs, all levels at once."""
-    reader = edit.sole_consumer(node.outputs[0])
+    reader = _only_reader(node.outputs[0], edit)
     if reader is not None and _joins(node, reader, axis, shapes, edit):
         return 0  # the reader takes it in, so that a chain is copied once
     operands: list[gs.Tensor] = []
@@ -99,8 +99,8 @@ def _flatten(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, 
         inner = edit.producer(tensor)
         if stopped or inner is None or not _joins(inner, node, axis, shapes, edit):
             operands.append(tensor)
-        elif edit.sole_consumer(tensor) is None:
-            ctx.remark(node, f"{tensor.name!r} is read by others too")
+        elif _only_reader(tensor, edit) is None:
+            ctx.remark(node, f"{tensor.name!r} is read by others too, or more than once")
             operands.append(tensor)
         elif not ctx.admit():
             stopped = True
@@ -114,6 +114,12 @@ def _flatten(node: Node, axis: int, shapes: Shapes, edit: Editor, ctx: Context, 
         for inner in gone:
             edit.erase(inner)
     return len(gone)
+
+
+def _only_reader(tensor: gs.Tensor, edit: Editor) -> Node | None:
+    """The node that reads `tensor`, where it does so once: a value joined with itself again and again would grow without bound."""
+    reader = edit.sole_consumer(tensor)
+    return reader if len(tensor.outputs) == 1 else None
 
 
 def _joins(inner: Node, outer: Node, axis: int, shapes: Shapes, edit: Editor) -> bool:

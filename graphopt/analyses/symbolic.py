@@ -7,6 +7,7 @@ decided exactly for polynomials and soundly (never wrongly "equal") for the rest
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Union
@@ -15,7 +16,10 @@ Atom = Union[str, "Function"]
 Monomial = tuple[Atom, ...]  # sorted, with repetition; () is 1
 Dim = Union[int, "Expr"]
 
-_MAX_TERMS: Final = 32  # beyond it an expression becomes opaque, so that no shape arithmetic can blow up
+_MAX_TERMS: Final = 32  # beyond these an expression becomes opaque, so that no shape arithmetic can blow up
+_MAX_ATOMS: Final = 256  # in all terms, arguments of functions included
+_MAX_DEPTH: Final = 16  # functions in functions
+_RANGE: Final = 1 << 63  # what int64 holds
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,29 @@ def opaque(number: int) -> Expr:
 
 
 def _atom(atom: Atom) -> Expr:
-    return Expr((((atom,), 1),))
+    expression = Expr((((atom,), 1),))
+    return expression if _fits(expression) else _beyond(expression)
+
+
+def _fits(value: Expr) -> bool:
+    atoms, depth = _extent(value)
+    return atoms <= _MAX_ATOMS and depth <= _MAX_DEPTH
+
+
+def _extent(value: Dim) -> tuple[int, int]:
+    """How many atoms `value` is written with, and how deep they lie in one another."""
+    atoms = depth = 0
+    for atom in () if isinstance(value, int) else (a for m, _ in value.terms for a in m):
+        inner = [(0, 0)] if isinstance(atom, str) else [_extent(a) for a in atom.arguments]
+        atoms += 1 + sum(a for a, _ in inner)
+        depth = max(depth, 1 + max(d for _, d in inner))
+    return atoms, depth
+
+
+def _beyond(value: object) -> Expr:
+    """An opaque value in place of one that is too large to write down: the same for the same."""
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    return Expr((((Function("?", (-1 - int.from_bytes(digest[:16]),)),), 1),))
 
 
 def _terms(value: Dim) -> Mapping[Monomial, int]:
@@ -98,10 +124,14 @@ def _make(terms: Mapping[Monomial, int]) -> Dim:
     if not kept:
         return 0
     if len(kept) == 1 and () in kept:
-        return kept[()]
-    if len(kept) > _MAX_TERMS:
-        return _atom(Function("sum", tuple(Expr(((m, c),)) if m else c for m, c in sorted(kept.items(), key=_order))))
-    return Expr(tuple(sorted(kept.items(), key=_order)))
+        return _integer(kept[()])
+    expression = Expr(tuple(sorted(kept.items(), key=_order)))
+    small = len(kept) <= _MAX_TERMS and all(abs(c) < _RANGE for c in kept.values())
+    return expression if small and _fits(expression) else _beyond(expression)
+
+
+def _integer(value: int) -> Dim:
+    return value if abs(value) < _RANGE else _beyond(value)
 
 
 def _order(term: tuple[Monomial, int]) -> tuple[int, str]:
@@ -111,7 +141,7 @@ def _order(term: tuple[Monomial, int]) -> tuple[int, str]:
 def add(a: Dim, b: Dim) -> Dim:
     """``a + b``."""
     if isinstance(a, int) and isinstance(b, int):
-        return a + b
+        return _integer(a + b)
     total = dict(_terms(a))
     for monomial, coefficient in _terms(b).items():
         total[monomial] = total.get(monomial, 0) + coefficient
@@ -121,7 +151,7 @@ def add(a: Dim, b: Dim) -> Dim:
 def multiply(a: Dim, b: Dim) -> Dim:
     """``a * b``."""
     if isinstance(a, int) and isinstance(b, int):
-        return a * b
+        return _integer(a * b)
     total: dict[Monomial, int] = {}
     for left, x in _terms(a).items():
         for right, y in _terms(b).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,7 +32,7 @@ def inspect(
 
         bundle = Bundle.load(model)
         if as_json:
-            print(json.dumps(bundle.manifest, indent=2, ensure_ascii=False))
+            print(json.dumps(bundle.manifest, indent=2, ensure_ascii=sys.stdout.isatty()))
         else:
             out.print(bundle_table(bundle.manifest, model))
         damaged = bundle.damaged()
@@ -42,7 +43,7 @@ def inspect(
 
     facts = summary(load(model))
     if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json.dumps(facts, indent=2, ensure_ascii=sys.stdout.isatty()))
         return
     table = Table(show_header=False, title=escape(model), title_justify="left")
     for key in (

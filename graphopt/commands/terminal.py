@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from graphopt.errors import GraphoptError
 
@@ -19,13 +21,51 @@ if TYPE_CHECKING:
     from graphopt.target import Target
 
 _WIDTH = 140  # columns of tables that go to a file or pipe
-out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+_LONGEST = 4000  # characters of an error, which may name what a model calls its tensors
+# What drives a terminal or turns its text round: C0 without tab and newline, DEL, C1, bidirectional controls, line separators.
+_CONTROLS = (
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x2028, 0x202F),
+    *range(0x2066, 0x206A),
+)
+_VISIBLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
+
+
+def harmless(text: str) -> str:
+    """`text` with control characters spelled out: names in a model are a stranger's, and a terminal obeys escape codes."""
+    return text.translate(_VISIBLE)
+
+
+class _Terminal(Console):
+    """A console that shows control characters in what it is given, and obeys none."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(harmless(text), **options)
+
+
+out = _Terminal(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+
+
+class HarmlessFormatter(logging.Formatter):
+    """For log records, which name nodes and tensors too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text without control characters."""
+        return harmless(super().format(record))
 
 
 def complain(error: GraphoptError) -> None:
     """Tell of an error, and of what was noted on it."""
-    err.print(f"error: {error}", markup=False, soft_wrap=True)
+    text = str(error)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    err.print(f"error: {text}", markup=False, soft_wrap=True)
     for note in getattr(error, "__notes__", ()):
         err.print(note, markup=False, soft_wrap=True)
 
@@ -42,7 +82,9 @@ def mute_stdout() -> None:
 
 
 def to_stdout(data: bytes) -> None:
-    """Write bytes that are the result of a command."""
+    """Write bytes that are the result of a command; on a terminal, without control characters."""
+    if sys.stdout.isatty():
+        data = harmless(data.decode(errors="replace")).encode()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
@@ -59,7 +101,7 @@ def progress_bar() -> Iterator[Any]:
             task = bar.add_task("starting", total=1.0, target=str(target))
 
             def update(phase: str, share: float) -> bool:
-                bar.update(task, completed=share, description=escape(phase))
+                bar.update(task, completed=share, description=escape(harmless(phase)))
                 return True
 
             return update  # type: ignore[return-value]  # our Progress, not Rich's

@@ -11,6 +11,7 @@ the folder; where it cannot be written everything works, and is computed each ti
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ _FORMAT: Final = 1  # of entries; another is not found
 _ENTRY: Final = "entry.json"
 _BOUND: Final = "5 GB"
 _SETTLED: Final = 2 * 10**9  # nanoseconds after which a file's time stamp tells a change for certain
+_BLOCK: Final = 4096  # bytes that a small file takes
 _ABANDONED: Final = 3600  # seconds after which a half-written entry is a killed process's
 
 
@@ -124,11 +126,17 @@ class Cache:
                         shutil.rmtree(folder, ignore_errors=True)
                     continue
                 entries.append(((folder / _ENTRY).stat().st_mtime, size, folder))
+        for memo in self.folder.glob("files/*/*"):
+            with contextlib.suppress(OSError):
+                entries.append((memo.stat().st_mtime, _BLOCK, memo))
         total = sum(size for _, size, _ in entries)
-        for _, size, folder in sorted(entries):
+        for _, size, path in sorted(entries):
             if total <= self.bound:
                 break
-            shutil.rmtree(folder, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             total -= size
 
     def _place(self, kind: str, ingredients: Mapping[str, Any]) -> Path:
@@ -150,6 +158,8 @@ class Digests:
         Raises:
             OSError: it cannot be read.
         """
+        if not path.is_file():  # a device never ends
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         before = _stamp(path)
         memo = None
         if self.folder is not None:

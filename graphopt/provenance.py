@@ -52,7 +52,8 @@ class File:
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"role": self.role, "name": self.name, "sha256": self.sha256, "bytes": self.size}
+        name = os.fsencode(self.name).decode(errors="replace")  # names on a disk need not be text
+        return {"role": self.role, "name": name, "sha256": self.sha256, "bytes": self.size}
 
 
 def input_paths(settings: Settings, external: Sequence[str] = ()) -> Iterator[tuple[str, str, Path]]:
@@ -235,7 +236,7 @@ def _compared(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> list
 
 def _compared_files(old: Sequence[Mapping[str, Any]], new: Sequence[File]) -> list[str]:
     before = [(f["role"], f["name"], f["sha256"]) for f in old]
-    after = [(f.role, f.name, f.sha256) for f in new]
+    after = [(f["role"], f["name"], f["sha256"]) for f in map(File.as_dict, new)]
     if before == after:
         return []
     found = [f"{role} {name} " + ("changed" if any(b[:2] == (role, name) for b in before) else "is new")

@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -211,12 +211,17 @@ def _own_files(place: Path, out: Path) -> set[str]:
         manifest = json.loads((place / MANIFEST).read_bytes())
         if not str(manifest["schema"]).startswith(SCHEMA.partition("/")[0]):
             raise ValueError(manifest["schema"])
-        return {MANIFEST, *(str(f["name"]) for v in manifest["variants"] for f in v["files"])}
+        return {MANIFEST, *_plain(str(f["name"]) for v in manifest["variants"] for f in v["files"])}
     except FileNotFoundError:
         what = "holds other files"
     except (ValueError, KeyError, TypeError, RecursionError):
         what = f"holds a {MANIFEST} that is no bundle's"
     raise OutputError(f"cannot write the bundle {str(out)!r}: it {what}; name a new folder, or empty this one")
+
+
+def _plain(names: Iterable[str]) -> set[str]:
+    """Those that name something in the folder itself: a manifest from elsewhere must not have other files removed."""
+    return {name for name in names if Path(name).name == name and name != ".."}
 
 
 def _make_folders(folder: Path) -> list[Path]:
@@ -307,7 +312,8 @@ def _refill(stage: Path, place: Path, own: set[str]) -> None:
 def _move_up(commit: Path, place: Path, gone: set[str]) -> None:
     """Move what is in `commit` up, the manifest last, remove what the old bundle had and the new has not, then `commit`."""
     noted = commit / ".gone"
-    gone |= set(json.loads(noted.read_bytes())) if noted.is_file() else set()
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        gone |= _plain(map(str, json.loads(noted.read_bytes())))
     paths = sorted((p for p in commit.iterdir() if p.name != ".gone"), key=lambda p: (p.name == MANIFEST, p.name))
     if any(p.name == MANIFEST for p in paths):
         (place / MANIFEST).unlink(missing_ok=True)  # until the last file is there, nobody takes this for a bundle

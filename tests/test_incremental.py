@@ -42,7 +42,7 @@ def build(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = command_line.run(["build", *map(str, arguments)])
+        code = command_line.run(["build", "--no-isolate", *map(str, arguments)])  # in a child nobody could spy
         captured = capfd.readouterr()
         return code, captured.out, captured.err
 
@@ -443,3 +443,44 @@ def test_inputs_are_looked_at_again_before_anything_is_kept(tmp_path: Path) -> N
     file.unlink()
     with pytest.raises(InvalidModel, match="changed while it was being built from"):
         provenance.require_unchanged(files, digests)
+
+
+# ------------------------------------------------------------------------------------------------------------- hostile
+
+
+def test_names_that_are_no_text_build_and_are_told(build: Build) -> None:
+    name = os.fsdecode(b"m\xff.onnxtxt")
+    shutil.copy("m.onnxtxt", name)
+    for said in ("ort-cpu.onnx", "out: up to date"):
+        code, out, _ = build(name, "-o", "out", "-t", "ort:cpu", "-MD")
+        assert (code, said in out) == (0, True)
+    assert command_line.run(["init", name]) == 2
+
+
+def test_a_manifest_from_elsewhere_cannot_make_a_build_read_devices_or_remove_other_files(build: Build) -> None:
+    build("m.onnxtxt", "-o", "out", "-t", "ort:cpu")
+    Path("precious").write_text("mine")
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    manifest["variants"][0]["files"] += [
+        {"name": n, "sha256": "0" * 64, "bytes": 1} for n in ("../precious", "/dev/zero")
+    ]
+    manifest["build"]["files"].append({"role": "external data", "name": "/dev/zero", "sha256": "0" * 64, "bytes": 1})
+    Path("out/manifest.json").write_text(json.dumps(manifest))
+    Path("out/.graphopt-commit").mkdir()
+    Path("out/.graphopt-commit/.gone").write_text('["../precious", "..", "/dev/null"]')
+    code, _, err = build("m.onnxtxt", "-o", "out", "-t", "ort:cpu")
+    assert code == 0
+    assert "../precious in the bundle was changed" in err
+    assert Path("precious").read_text() == "mine"
+    assert sorted(p.name for p in Path("out").iterdir()) == ["manifest.json", "ort-cpu.onnx"]
+
+
+def test_a_linked_folder_is_one_folder(build: Build) -> None:
+    Path("link").symlink_to("real")
+    assert build("m.onnxtxt", "-o", "link", "-t", "ort:cpu")[0] == 0
+    assert build("m.onnxtxt", "-o", "real", "-t", "ort:cpu") == (0, "real: up to date\n", "")
+    assert Path("link").is_symlink()
+    Path("graphopt.toml").write_text(
+        '[defaults]\nmodel = "m.onnxtxt"\n[build.a]\noutput = "link"\n[build.b]\noutput = "real"\n'
+    )
+    assert "writes 'link' too" in build()[2] or "writes 'real' too" in build()[2]

@@ -185,7 +185,7 @@ def build(
     else:
         with session.warmed(builds, jobs or os.cpu_count() or 1):
             manifests = [session.build(settings) for settings in builds]
-        if cache is not None:
+        if cache is not None and session.built:
             cache.trim()
     write_report(report, manifests[0] if report is not None else None)
     _write_depfiles(session, builds, depfile, depfiles)
@@ -247,6 +247,7 @@ class _Session:
     anew: bool  # whether bundles are built although they are up to date
     recipes: Sequence[Path]
     observe: Mapping[str, Any]  # what the user wants to see of a build, by the options of `make`
+    built: bool = False  # whether something was
 
     def changes(self, settings: Settings) -> list[str]:
         """Why the bundle must be built; nothing where it is up to date."""
@@ -284,6 +285,7 @@ class _Session:
                 provenance.touch(settings, [*self.recipes, *(p for _, _, p in provenance.input_paths(settings))])
                 out.print(f"{settings.output}: up to date", markup=False, soft_wrap=True)
                 return _manifest(settings)
+            self.built = True
             again = (settings.output / "manifest.json").is_file()
             from graphopt.commands.make import make
 

@@ -124,6 +124,10 @@ def _key(name: str) -> str:
 
 def _text(value: str) -> str:
     """A TOML string."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"a recipe is UTF-8 and cannot hold the name {value!r}; rename the file") from None
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -157,8 +157,11 @@ def warm_all(builds: Sequence[Settings], cache: Cache, jobs: int) -> None:
             check=False,
         )
 
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         list(pool.map(one, builds))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt starts no more of them
 
 
 def warm() -> None:

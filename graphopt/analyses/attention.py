@@ -220,7 +220,7 @@ def _heads(view: View, order: str, rank: int, shapes: Shapes) -> Heads | str:
     size = view.atoms(roles["d"])
     last = len(view.base_axes) - 1
     features = {id(a) for a in whole(view.base_axes[last])}
-    if not size or any(id(a) not in features for a in size):
+    if any(id(a) not in features for a in size):
         return f"a head's numbers are not part of the last axis of {view.base.name!r}"
     outer = view.atoms(roles["h"])
     heads = [a for a in outer if id(a) in features]

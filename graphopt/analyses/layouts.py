@@ -374,7 +374,7 @@ def _reshape(call: Call) -> Transparent | None:
         node.attrs.clear()
         if call.opset < 13:
             node.attrs["axes"] = moved
-            del node.inputs[1:]
+            del node.inputs[1]
         else:
             node.inputs[1] = edit.constant(f"{node.name}_axes", np.array(moved, np.int64))
 

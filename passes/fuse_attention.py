@@ -129,6 +129,8 @@ def _widens(mask: Mask, found: Attention, shapes: Shapes) -> str | None:
     scores: list[Dim] = [found.q.batch, found.q.heads, found.q.length, found.k.length]
     if found.rank == 3 and len(shape) == 3 and shape[0] != 1:
         return f"mask {mask.tensor.name!r} of shape {list(map(str, shape))} has batch and heads in one axis"
+    if shapes.shape(mask.masked) == tuple(scores):
+        return None
     for dim, wanted in zip(reversed(shape), reversed(scores), strict=False):
         if dim not in (1, wanted) and not any(isinstance(d, Expr) and d.is_opaque for d in (dim, wanted)):
             return f"mask {mask.tensor.name!r} of shape {list(map(str, shape))} is not as long as the scores"

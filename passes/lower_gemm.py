@@ -41,7 +41,7 @@ class LowerGemm(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
-    ops: ClassVar[frozenset[str] | None] = frozenset({"Gemm"})
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Gemm", "MatMul"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of products rewritten."""
@@ -49,9 +49,8 @@ class LowerGemm(Pass):
         done = 0
         turned: dict[int, gs.Tensor] = {}  # weights as MatMul reads them
         for node in list(model.nodes()):
-            if node.op != "Gemm" or not node.is_onnx or edit.producer(node.inputs[0]) is None:
-                continue
-            if edit.producer(node.inputs[0]).op != "Reshape":  # type: ignore[union-attr]
+            merge = edit.producer(node.inputs[0]) if node.op in ("Gemm", "MatMul") and node.is_onnx else None
+            if merge is None or merge.op != "Reshape" or shapes.rank(node.inputs[0]) != 2:
                 continue
             reshape = edit.sole_consumer(node.outputs[0])
             reason = _objection(node, reshape, shapes, edit)
@@ -85,6 +84,8 @@ def _objection(node: Node, reshape: Node | None, shapes: Shapes, edit: Editor) -
     source, target = shapes.shape(before.nodes[-1].inputs[0]), shapes.shape(reshape.outputs[0])
     if source is None or target is None or len(source) != len(target) or len(source) < 3:
         return "the Reshapes around it differ in rank"
+    if len(node.inputs[1].shape) != 2:
+        return f"weight {node.inputs[1].name!r} is no matrix"
     width = node.inputs[1].shape[0 if node.attrs.get("transB", 0) else 1]
     depth = node.inputs[1].shape[1 if node.attrs.get("transB", 0) else 0]
     if source[-1] != depth or target[-1] != width:

@@ -52,6 +52,7 @@ class Mask:
     """What is added to the scores; ``where`` replaces the scores instead, where the condition `tensor` does not hold."""
 
     tensor: gs.Tensor
+    masked: gs.Tensor  # the scores with it
     fill: float | None = None  # of a Where
     keeps: bool = True  # whether the condition says which scores stay
 
@@ -153,7 +154,7 @@ def _scores(tensor: gs.Tensor, reader: Node, shapes: Shapes, edit: Editor) -> _S
             if isinstance(found, _Scores):
                 if fill is None or fill > _HIDES:
                     return f"{node.name!r} replaces scores by {fill:g}, which does not hide them"
-                found.masks.append(Mask(condition, fill, keeps))
+                found.masks.append(Mask(condition, tensor, fill, keeps))
                 found.nodes.append(node)
                 return found
             if isinstance(found, str):
@@ -168,7 +169,7 @@ def _scores(tensor: gs.Tensor, reader: Node, shapes: Shapes, edit: Editor) -> _S
             continue
         other = node.inputs[1 - index]
         if node.op == "Add":
-            found.masks.append(Mask(other))
+            found.masks.append(Mask(other, tensor))
         else:
             number = scalar(other, edit)
             if number is None or number == 0:
@@ -218,28 +219,27 @@ def _heads(view: View, order: str, rank: int, shapes: Shapes) -> Heads | str:
     if rank == 3:
         roles = {"b": 0, "h": 0, "s": roles["s"] - 1, "d": roles["d"] - 1}
     size = view.atoms(roles["d"])
-    last = len(view.base_axes) - 1
-    features = {id(a) for a in whole(view.base_axes[last])}
+    last = 1 if len(view.base_axes) == 2 else 2  # a row of features begins here, whatever number of axes it has
+    row = [a for axis in view.base_axes[last:] for a in axis]
+    features = {id(a) for a in whole(row)}
     if any(id(a) not in features for a in size):
-        return f"a head's numbers are not part of the last axis of {view.base.name!r}"
+        return f"a head's numbers do not lie behind batch and length in {view.base.name!r}"
     outer = view.atoms(roles["h"])
     heads = [a for a in outer if id(a) in features]
     if rank == 4 and len(heads) != len(outer):
-        return f"heads do not come from the last axis of {view.base.name!r}"
+        return f"heads do not lie behind batch and length in {view.base.name!r}"
     batch = view.atoms(roles["b"]) if rank == 4 else [a for a in outer if id(a) not in features]
     if rank == 3 and _ids(outer) != _ids([*batch, *heads]):
         return "heads lie outside the batch"
     length = view.atoms(roles["s"])
-    columns = positions(view.base_axes[last], [*heads, *size])
+    columns = positions(row, [*heads, *size])
     if columns is None:
-        return f"the last axis of {view.base.name!r} has parts that are not shown, or no fixed length"
+        return f"a row of {view.base.name!r} has parts that are not shown, or no fixed length"
     sizes = [symbolic.product(a.size for a in atoms) for atoms in (heads, size, batch, length)]
     if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
         return "the number of heads is not fixed"
     base = [whole(axis) for axis in view.base_axes[:last]]
-    total = symbolic.product(
-        a for axis in view.base_axes[last:] for a in [symbolic.product(x.size for x in _all(axis))]
-    )
+    total = symbolic.product(a.size for a in _all(row))
     found = _row_source(view, base, batch, length, last)
     if found is None or not isinstance(total, int):
         return f"{view.base.name!r} is not [batch, length, features]"
@@ -269,7 +269,7 @@ def _row_source(
         if _ids(flat) != _ids(wanted):
             continue
         first, second = (batch, length) if batch_first else (length, batch)
-        row = _ids(whole(view.base_axes[last]))
+        row = [i for axis in view.base_axes[last:] for i in _ids(whole(axis))]
         for tensor, axes in view.steps:
             parts = [list(whole(axis)) for axis in axes]
             outer = [_ids(p) for p in parts[:2]]
@@ -314,6 +314,11 @@ def _joined(result: gs.Tensor, q: Heads, v: Heads, rank: int, shapes: Shapes, ed
     return None
 
 
+def _row(shape: Sequence[Dim]) -> tuple[Dim, ...]:
+    """What lies behind batch and length, or behind the one axis that both are."""
+    return tuple(shape[1:] if len(shape) == 2 else shape[2:])
+
+
 @dataclass
 class Projection:
     """A value ``[.., F]`` that is ``source @ weight + bias``."""
@@ -328,20 +333,22 @@ class Projection:
 def projection(tensor: gs.Tensor, shapes: Shapes, edit: Editor) -> Projection | None:
     """`tensor`, of three dimensions or more, as a product with a constant matrix; None where it is none."""
     nodes: list[Node] = []
+    rows = [tensor]  # values that must be one row of the same features for each batch and position
     node = edit.producer(tensor)
-    while (
-        node is not None and node.op == "Reshape" and node.is_onnx
-    ):  # a row may have been split, or [B*S, F] be [B, S, F]
-        nodes.append(node)
-        node = edit.producer(node.inputs[0])
     bias, held = None, None
-    if node is not None and node.op == "Add" and node.is_onnx:
+    while node is not None and node.is_onnx and node.op in ("Reshape", "Add"):
+        nodes.append(node)
+        if node.op == "Reshape":
+            rows.append(node.inputs[0])
+            node = edit.producer(node.inputs[0])
+            continue
         at = next((i for i in (0, 1) if edit.is_fixed(node.inputs[i])), None)
-        if at is None or node.inputs[at].values.ndim != 1:
+        shape = shapes.shape(node.outputs[0])
+        if at is None or bias is not None or shape is None or tuple(node.inputs[at].shape) != _row(shape):
             return None
         held = node.inputs[at]
-        bias = held.values
-        nodes.append(node)
+        bias = held.values.reshape(-1)
+        rows.append(node.inputs[1 - at])
         node = edit.producer(node.inputs[1 - at])
     if node is None or not node.is_onnx or node.op not in ("MatMul", "Gemm") or not edit.is_fixed(node.inputs[1]):
         return None
@@ -354,21 +361,22 @@ def projection(tensor: gs.Tensor, shapes: Shapes, edit: Editor) -> Projection | 
             return None
         weight = weight.T if node.attrs.get("transB", 0) else weight
         if len(node.inputs) > 2 and node.inputs[2].name:
-            if bias is not None or not edit.is_fixed(node.inputs[2]):
+            if bias is not None or not edit.is_fixed(node.inputs[2]) or node.inputs[2].values.ndim > 1:
                 return None
-            bias = (
-                np.broadcast_to(node.inputs[2].values, (weight.shape[1],)) if node.inputs[2].values.ndim < 2 else None
-            )
-            if bias is None:
-                return None
-        shape = edit.producer(source)
-        if shape is None or shape.op != "Reshape":
-            return None
-        source = shape.inputs[0]
-        nodes.append(shape)
+            bias = np.broadcast_to(node.inputs[2].values, (weight.shape[1],))
+    merge = edit.producer(source)
+    if shapes.rank(source) == 2 and merge is not None and merge.op == "Reshape" and merge.is_onnx:
+        source = merge.inputs[0]
+        nodes.append(merge)
     if bias is not None and bias.shape != (weight.shape[1],):
         return None
     known = shapes.shape(source)
     if known is None or len(known) != 3 or known[2] != weight.shape[0]:
+        return None
+    for value in rows:
+        shape = shapes.shape(value)
+        if shape is None or symbolic.product(_row(shape)) != weight.shape[1]:
+            return None
+    if (shapes.shape(tensor) or ())[:2] != known[:2]:
         return None
     return Projection(source, weight, bias, nodes, held)

@@ -227,7 +227,14 @@ def _regroup(axes: list[list[Atom]], shape: Sequence[Dim]) -> list[list[Atom]] |
             inner = symbolic.divide_exactly(atom.size, need) if need != 0 else None
             if inner is None and not assumed and isinstance(atom.size, Expr) and isinstance(need, Expr):
                 assumed = True
-                group.append(atom)
+                factor = _coefficient(atom.size) // math.gcd(_coefficient(atom.size), _coefficient(need))
+                if factor == 1:
+                    atom.size = need
+                    group.append(atom)
+                    break
+                atom.parts = (Atom(need), Atom(factor))
+                group.append(atom.parts[0])
+                waiting.append(atom.parts[1])
                 break
             if inner is None:
                 return None
@@ -237,6 +244,11 @@ def _regroup(axes: list[list[Atom]], shape: Sequence[Dim]) -> list[list[Atom]] |
             need = 1
         grouped.append(group)
     return None if waiting else grouped
+
+
+def _coefficient(size: Expr) -> int:
+    """The number that a dimension of one term is multiplied by."""
+    return size.terms[0][1] if len(size.terms) == 1 else 1
 
 
 def _pick(view: View, node: Node, shapes: Shapes) -> list[list[Atom]] | None:

@@ -1,9 +1,13 @@
 """Int8 that keeps its accuracy on the CPU that runs it: graphopt beside ONNX Runtime's own quantizer, from the same samples.
 
     python -m benchmarks.int8
-    python -m benchmarks.int8 --data /data/graphopt --avx2 --markdown int8.md --json int8.json
+    python -m benchmarks.int8 --data /data/graphopt --folder /data/graphs --python peers/bin/python --state int8.state.json \\
+        --markdown int8.md --json int8.json
+    python -m benchmarks.int8 --avx2    # and on an emulated CPU without VNNI (slow)
 
-The digits networks of models/ are always there; CIFAR ResNets come from the data folder where given. Every setting starts from the same
+The digits networks of models/ are always there; CIFAR ResNets come from the data folder, EfficientNet-Lite0 and MiniLM from the folder of
+`benchmarks.graphs`, where given, and peers from the environment of ``--python``. With ``--state`` an interrupted run goes on
+with the first network that is not in that file. Every setting starts from the same
 float model, the one that graphopt's default pipeline made, and sees the same calibration samples. SQNR is of the logits on the test
 images against that float model: `emulated` with the graph computed as written (ORT_DISABLE_ALL), `kernels` in a default session on
 this CPU, `avx2` in the same session under qemu as a CPU without VNNI (``--avx2``; needs qemu-x86_64), whose u8 x s8 kernels
@@ -14,6 +18,7 @@ saturate. `int8` counts weighted operators that run as integer kernels after ONN
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -23,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -31,6 +36,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 import typer
 
+from benchmarks.graphs import GraphsFolder
 from benchmarks.harness import (
     Column,
     DataFolder,
@@ -45,11 +51,12 @@ from benchmarks.harness import (
     publish,
     script,
 )
+from benchmarks.int8_text import WordPiece, batches, embed, pairs, spearman
 from graphopt import ir, models
 from graphopt.coverage import INTEGER, onnxruntime_coverage
-from graphopt.data import open_data
+from graphopt.data import ListData, open_data
 from graphopt.evaluate import evaluate_node
-from graphopt.int8 import sqnr
+from graphopt.int8 import Judge, search, sqnr
 from graphopt.pass_base import Context
 from graphopt.pipeline import Pipeline
 from graphopt.target import Target
@@ -78,7 +85,7 @@ import sys
 import numpy as np
 from graphopt import ir
 from graphopt.analyses.calibration import calibrate, root_tensors
-from graphopt.data import open_data
+from graphopt.data import ListData, open_data
 model = ir.load({model!r})
 names = [t.name for n in model.graph.nodes for t in n.outputs]
 data = open_data({data!r}, model.inputs)
@@ -111,7 +118,7 @@ class Network:
     model: ir.Model
     calibration: Array
     images: Array
-    labels: Array
+    labels: Array | None  # None: agreement alone counts
 
     @property
     def input(self) -> str:
@@ -119,7 +126,7 @@ class Network:
         return self.model.inputs[0].name
 
 
-def networks(folder: Path | None) -> Iterator[Network]:
+def networks(folder: Path | None, graphs: Path | None) -> Iterator[Network]:
     digits = models.digits()
     for name in ("mobilenet", "resnet", "concat", "vit"):
         model = ir.load(ROOT / "models" / f"{name}.legacy.onnx")
@@ -138,6 +145,13 @@ def networks(folder: Path | None) -> Iterator[Network]:
                 normalized(stored["x_test"]),
                 stored["y_test"],
             )
+    large_net = (graphs or Path()) / "efficientnet_lite0.onnx"
+    if graphs is not None and large_net.exists() and file.exists():
+        # no ImageNet here: enlarged CIFAR images, and agreement alone counts
+        stored = np.load(file)
+        small = [stored[k][:n].repeat(7, axis=1).repeat(7, axis=2) for k, n in (("x_train", 32), ("x_test", 100))]
+        large = [np.ascontiguousarray((s.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)) for s in small]
+        yield Network("EfficientNet-Lite0", ir.load(large_net), large[0], large[1], None)
 
 
 def normalized(images: Array) -> Array:
@@ -209,9 +223,63 @@ def theirs(
     return make
 
 
+ONNXSIM: Final = """
+import sys, numpy as np, onnx, onnxsim
+source, target, samples, name = sys.argv[1:]
+pieces = np.array_split(np.load(samples), 8)
+onnx.save(onnxsim.quantize_static(onnx.load(source), [{name: p} for p in pieces]), target)
+"""
+NNCF: Final = """
+import sys, numpy as np, onnx, nncf
+source, target, samples, name = sys.argv[1:]
+x = np.load(samples)
+feeds = [{name: x[i : i + 1]} for i in range(len(x))]
+onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(feeds), subset_size=len(x)), target)
+"""
+MODELOPT: Final = """
+import sys, numpy as np
+from modelopt.onnx.quantization import quantize
+source, target, samples, name = sys.argv[1:]
+quantize(onnx_path=source, quantize_mode="int8", calibration_data={name: np.load(samples)}, calibration_method="max",
+    calibration_eps=["cpu"], high_precision_dtype="fp32", output_path=target)
+"""
+
+
+def peer(code: str) -> Callable[[Path, Path, Network], None]:
+    """A peer in its own environment; its failure is this setting's note."""
+
+    def make(source: Path, target: Path, network: Network) -> None:
+        samples = source.parent / "calibration.npy"
+        np.save(samples, network.calibration)
+        command = [PEERS[0], "-c", code, str(source), str(target), str(samples), network.input]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=source.parent, check=False)
+        if run.returncode:
+            raise RuntimeError((run.stderr.strip().splitlines() or ["it failed"])[-1])
+
+    return make
+
+
+def gated(source: Path, target: Path, network: Network) -> None:
+    """What ``build --int8`` makes: the search with its gate."""
+    model = ir.load(source)
+    data = open_data({network.input: network.calibration}, model.inputs)
+    ir.save(search(model, TARGET, Pipeline(), data).result.model, target)
+
+
+PEERS: list[str] = []  # the interpreter that has them, where one was named
+PEER_CODE: Final = {"onnxsim static": ONNXSIM, "nncf": NNCF, "modelopt max": MODELOPT}
+STEPS: Final = {
+    "as before: nearest codes, min-max, no bias": "quantize-qdq{calibration=minmax,rounding=nearest,correct-bias=false}",
+    "+ bias correction": "quantize-qdq{calibration=minmax,rounding=nearest}",
+    "+ GPTQ rounding": "quantize-qdq{calibration=minmax}",
+    "+ ranges by error at the readers (default)": "quantize-qdq",
+    "+ equalize-channels": "equalize-channels,quantize-qdq",
+    "default, full-range weights": "quantize-qdq{pair-safe=false}",
+}  # what each brings, on the digits networks
 SETTINGS: Final[dict[str, Callable[[Path, Path, Network], None]]] = {
     "graphopt": ours("quantize-qdq"),
     "graphopt, full-range weights": ours("quantize-qdq{pair-safe=false}"),
+    "graphopt build --int8 (gate)": gated,
     "graphopt dynamic": ours("quantize-dynamic"),
     "ORT S8S8": theirs("QInt8"),
     "ORT U8S8": theirs("QUInt8"),
@@ -241,7 +309,8 @@ def accuracy(network: Network, folder: Path, table: Table, rounds: int, seed: in
     ir.save(Pipeline.parse("default").run(network.model).model, source)
     reference = logits(source, network, True)
     made: dict[str, tuple[Path, float]] = {}
-    for number, (name, make) in enumerate(SETTINGS.items()):
+    settings = {**SETTINGS, **({name: peer(code) for name, code in PEER_CODE.items()} if PEERS else {})}
+    for number, (name, make) in enumerate(settings.items()):
         path = folder / f"{number}.onnx"
         start = time.perf_counter()
         try:
@@ -271,14 +340,18 @@ def accuracy(network: Network, folder: Path, table: Table, rounds: int, seed: in
             emulated=sqnr([reference[: len(written)]], [written]),
             kernels=sqnr([reference], [kernels]),
             avx2=None if other is None else sqnr([reference[: len(other)]], [other]),
-            float=100 * float(np.mean(reference.argmax(1) == network.labels)),
-            top1=100 * float(np.mean(kernels.argmax(1) == network.labels)),
+            float=right(reference, network.labels),
+            top1=right(kernels, network.labels),
             agreement=100 * float(np.mean(kernels.argmax(1) == reference.argmax(1))),
             int8=int8_layers(path),
             one=ratios[name][1],
             eight=ratios[name][8],
             seconds=seconds,
         )
+
+
+def right(logits: Array, labels: Array | None) -> float | None:
+    return None if labels is None else 100 * float(np.mean(logits.argmax(1) == labels))
 
 
 def without_vnni(network: Network, folder: Path, paths: list[Path]) -> dict[Path, Array]:
@@ -314,8 +387,105 @@ def memory(network: Network, folder: Path, table: Table) -> None:
                 )
 
 
+def steps(network: Network, table: Table) -> None:
+    """What each step of quantization brings, in dB of the test images' logits as written."""
+    model = Pipeline.parse("default").run(network.model).model
+    data = open_data({network.input: network.calibration}, model.inputs)
+    judge = Judge(model, open_data({network.input: network.images[:1000]}, model.inputs), None)
+    row: dict[str, Any] = {"network": network.name}
+    for name, pipeline in STEPS.items():
+        made = Pipeline.parse(pipeline).run(model, Context(target=TARGET, data=data, evaluate=evaluate_node)).model
+        row[name] = judge.score(made, optimized=False).sqnr
+    table.add(**row)
+
+
+def last_hidden(running: Any, name: str, feeds: dict[str, Array]) -> Array:
+    return np.asarray(running.run([name], feeds)[0])
+
+
+def sentences(model: ir.Model, scores: Path, vocabulary: Path, table: Table, rounds: int, seed: int) -> None:
+    """MiniLM on STS-B: rank correlation with the scores, and time of a batch of one and of eight sentences."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    tokenizer, rows = WordPiece(vocabulary), pairs(scores)
+    held = [tokenizer(t) for a, b, _ in rows[-64:] for t in (a, b)]  # calibration; not judged on
+    rows = rows[:-64]
+    sides = [[tokenizer(a) for a, _, _ in rows], [tokenizer(b) for _, b, _ in rows]]
+    truth = np.array([row[2] for row in rows])
+    floating = Pipeline.parse("default").run(model).model
+    hidden = next(s.name for s in floating.outputs if s.dtype == "float32" and len(s.shape or ()) == 3)
+    with tempfile.TemporaryDirectory(prefix="graphopt-int8-") as place:
+        paths = {
+            name: Path(place) / f"{number}.onnx" for number, name in enumerate(("float", *TEXT_SETTINGS, "ORT dynamic"))
+        }
+        ir.save(floating, paths["float"])
+        for name, pipeline in TEXT_SETTINGS.items():
+            data = ListData("sentences", list(batches(held, 8)))
+            ctx = Context(target=TARGET, data=data, evaluate=evaluate_node)
+            if pipeline is None:
+                made = search(floating, TARGET, Pipeline(), data).result.model
+            else:
+                made = Pipeline.parse(pipeline).run(floating, ctx).model
+            ir.save(made, paths[name])
+        quantize_dynamic(str(paths["float"]), str(paths["ORT dynamic"]), weight_type=QuantType.QInt8, per_channel=True)
+        running = {name: session(path) for name, path in paths.items()}
+        ratios: dict[str, list[float]] = {name: [] for name in paths}
+        for size in (1, 8):
+            feeds = next(batches(sides[0], size))
+            calls = {name: (lambda s=s, f=feeds: s.run([hidden], f)) for name, s in running.items()}
+            timings = contest(calls, rounds=rounds, seed=seed, title=f"MiniLM, batch {size}")
+            for name in paths:
+                ratios[name].append(1.0 if name == "float" else timings.compare("float", name).ratio)
+        for name, path in paths.items():
+            run = functools.partial(last_hidden, running[name], hidden)
+            left, right_ = (embed(run, side) for side in sides)
+            found = spearman((left * right_).sum(1), truth)
+            table.add(setting=name, spearman=found, one=ratios[name][0], eight=ratios[name][1], int8=int8_layers(path))
+
+
+TEXT_SETTINGS: Final[dict[str, str | None]] = {
+    "graphopt quantize-qdq": "quantize-qdq",
+    "graphopt build --int8 (gate)": None,
+    "graphopt quantize-dynamic": "quantize-dynamic",
+    "graphopt quantize-weights": "quantize-weights",
+}
+
+
+class State:
+    """Rows of the networks that are done, in a file, for a run that goes on after an interruption."""
+
+    def __init__(self, path: Path | None, tables: Sequence[Table]) -> None:
+        self.path, self.tables = path, tables
+        self.done: dict[str, list[list[dict[str, Any]]]] = {}
+        if path is not None and path.exists():
+            self.done = json.loads(path.read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def network(self, name: str) -> Iterator[bool]:
+        """True where the network has to be run; its rows are then stored. Else they are taken from the file."""
+        before = [len(t.rows) for t in self.tables]
+        if name in self.done:
+            for table, rows in zip(self.tables, self.done[name], strict=True):
+                for row in rows:
+                    table.add(**row)
+            yield False
+            return
+        yield True
+        self.done[name] = [[dict(r) for r in t.rows[n:]] for t, n in zip(self.tables, before, strict=True)]
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.done, indent=1), encoding="utf-8")
+
+
 def main(
     data: DataFolder = None,
+    graphs: GraphsFolder = None,
+    python: Annotated[
+        str | None, typer.Option("--python", envvar="GRAPHOPT_PEERS_PYTHON", help="An interpreter that has the peers.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option("--vocabulary", help="BERT's uncased vocab.txt; default: in the graphs' folder.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option("--state", help="Finished networks, to go on from.")] = None,
     rounds: Rounds = 31,
     seed: Seed = 0,
     avx2: Annotated[bool, typer.Option("--avx2", help="Also run on an emulated CPU without VNNI (slow).")] = False,
@@ -357,14 +527,47 @@ def main(
         ],
         note="A process each, imports included; graphopt reads the compressed-free .npz in pieces, ORT's reader holds it.",
     )
-    for network in networks(folder):
+    third = Table(
+        "What each step brings",
+        [Column("network", "network"), *(Column(name, name, ".1f") for name in STEPS)],
+        note="dB of the logits, as written.",
+    )
+    fourth = Table(
+        "MiniLM-L3 on STS-B dev",
+        [
+            Column("setting", "setting"),
+            Column("spearman", "Spearman", ".4f"),
+            Column("int8", "int8"),
+            Column("one", "time, batch 1", ".2f"),
+            Column("eight", "batch 8", ".2f"),
+        ],
+        note="Mean-pooled embeddings; 64 of the 1,500 pairs calibrate and are not judged on; time over float, one thread.",
+    )
+    PEERS[:] = [python] if python else []
+    tables = (first, second, third, fourth)
+    progress = State(state, tables)
+    for network in networks(folder, graphs):
         if only not in network.name:
             continue
-        with tempfile.TemporaryDirectory(prefix="graphopt-int8-") as place:
+        with progress.network(network.name) as wanted, tempfile.TemporaryDirectory(prefix="graphopt-int8-") as place:
+            if not wanted:
+                continue
             accuracy(network, Path(place), first, rounds, seed, avx2)
             if network.name in ("digits resnet", "CIFAR resnet20"):
                 memory(network, Path(place), second)
-    publish(first, second, markdown=markdown, json_file=json_file)
+            if network.name.startswith("digits"):
+                steps(network, third)
+    if folder is not None and graphs is not None and only in "MiniLM":
+        found = next(graphs.rglob("paraphrase-MiniLM-L3-v2.onnx"), None)
+        words = vocabulary or graphs / "bert_uncased_vocab.txt"
+        scores = folder / "stsb-en-dev.csv"
+        if found is None or not words.exists() or not scores.exists():
+            sys.stderr.write("MiniLM is left out: it needs the model, stsb-en-dev.csv and --vocabulary\n")
+        else:
+            with progress.network("MiniLM") as wanted:
+                if wanted:
+                    sentences(ir.load(found), scores, words, fourth, rounds, seed)
+    publish(*(t for t in tables if t.rows), markdown=markdown, json_file=json_file)
 
 
 if __name__ == "__main__":

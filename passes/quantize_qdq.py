@@ -34,6 +34,7 @@ _SHARES: Final = (0.9, 0.9, 0.85, 0.8, 0.75)  # by which auto draws in an end of
 _JUDGED_ON: Final = 64  # samples that auto and bias correction look at, at most
 _RANGE_WORK: Final = 1 << 35  # multiply-accumulates of the samples that auto looks at, about
 _BIAS_WORK: Final = 1 << 37  # and of those for bias correction
+_SINGLE: Final = 0.05  # share of the multiply-accumulates below which a convolution on its own stays float
 _HEAVY: Final = 1 << 33  # multiply-accumulates of a sample from which on auto does not draw in ends
 
 
@@ -134,6 +135,7 @@ class _Run:
         chosen = self._choose()
         if not chosen:
             return 0
+        chosen = self._without_single(chosen)
         plan = Placer(self.model, self.edit, chosen, self.chains).plan()
         missing = self._calibrate(plan)
         while missing:  # without data: keep what has known ranges
@@ -157,7 +159,7 @@ class _Run:
 
     def twins(self) -> dict[str, Twin]:
         """Codes and weights as `run` would choose them, by name of the operator; nothing is changed."""
-        plan = Placer(self.model, self.edit, self._choose(), self.chains).plan()
+        plan = Placer(self.model, self.edit, self._without_single(self._choose()), self.chains).plan()
         if self._calibrate(plan):
             raise UsageError("quantize-qdq: sensitivity needs calibration data; give --data")
         found = self._affines(plan)
@@ -193,6 +195,25 @@ class _Run:
             elif node.op in WEIGHTED and id(node) not in root:
                 self.ctx.remark(node, "stays float: it runs inside the body of an If, Loop or Scan")
         return chosen
+
+    def _without_single(self, chosen: list[Node]) -> list[Node]:
+        """`chosen` but for small convolutions among float operators: to code their input and result costs more than they have to gain."""
+        if not self.chains or self.ctx.data is None or not any(n.op == "Conv" for n in chosen):
+            return chosen
+        placer = Placer(self.model, self.edit, chosen, True)
+        placer.plan()
+        work = calibration.effort(self.model, self.ctx.data)
+        kept = []
+        for node in chosen:
+            share = work.nodes.get(node.name, work.macs) / max(1, work.macs)
+            if node.op == "Conv" and len(chosen) > 1 and share < _SINGLE and placer.alone(node):
+                told = (
+                    f"{100 * share:.1f} % of the multiply-accumulates, among float operators: its codes would cost more"
+                )
+                self.ctx.remark(node, f"stays float: {told}")
+            else:
+                kept.append(node)
+        return kept
 
     def _wide_enough(self, node: Node, least: int) -> bool:
         """TensorRT pads one narrow side of a plain convolution at little cost; grouped ones need multiples of 8."""

@@ -22,8 +22,7 @@ from graphopt import isolation
 from graphopt.analyses.macs import macs
 from graphopt.data import Data
 from graphopt.errors import UnsupportedModel, UsageError
-from graphopt.interface import set_shape
-from graphopt.ir import Model, saves
+from graphopt.ir import Model, Variable, saves
 
 Array = np.ndarray[Any, Any]
 
@@ -131,6 +130,7 @@ class Effort:
     """How much work one sample is, and what follows from that for how many are looked at."""
 
     macs: int  # multiply-accumulates, as far as they are known
+    nodes: Mapping[str, int]  # of each node, by name
 
     @property
     def at_once(self) -> int:
@@ -148,12 +148,14 @@ def effort(model: Model, data: Data) -> Effort:
     if key not in data.memo:
         probe = next(iter(data.feeds(1, 1)))
         copy = model.clone()
-        for spec in model.inputs:
-            array = probe.get(spec.name)
-            if array is not None and spec.shape is not None and any(not isinstance(d, int) for d in spec.shape):
-                set_shape(copy, spec.name, array.shape)
-        counts = macs(copy)[1].values()
-        data.memo[key] = Effort(sum(c for c in counts if isinstance(c, int)))
+        for tensor in copy.graph.inputs:
+            if isinstance(tensor, Variable) and tensor.name in probe:
+                tensor.shape = probe[tensor.name].shape
+        for node in copy.nodes():  # what is declared of them followed from the shapes before
+            for output in node.outputs:
+                output.shape = None
+        counts = {name: count for name, count in macs(copy)[1].items() if isinstance(count, int)}
+        data.memo[key] = Effort(sum(counts.values()), counts)
     found: Effort = data.memo[key]
     return found
 

@@ -312,6 +312,13 @@ class Placer:
                 break
         return depth
 
+    def alone(self, node: Node) -> bool:
+        """After `plan`: whether a Conv stands among float operators, so that both its input and its result are coded for it alone."""
+        before, behind = self._codes[id(node.inputs[0])], self._codes.get(id(self.result(node)))
+        near = [n for n in behind.readers if id(n) in self._integer] if behind is not None else []
+        shared = [n for n in before.readers if id(n) in self._integer and n is not node]
+        return not near and not shared and not self._made_by_int8(before)
+
     # ----------------------------------------------------------------------------------------------------- readers
 
     def _readers(self, arithmetic: Sequence[Node]) -> None:

@@ -244,7 +244,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
     if reason is not None:
         raise BackendUnavailable(reason)
     statistics, timing = Statistics(), Timing()
-    searched, pipeline = None, request.pipeline
+    searched, pipeline = None, int8.fusions_last(request.pipeline)
     if request.int8 is not None and request.data is not None:
         searched = _searched(request, target, request.data, request.int8)
         pipeline = Pipeline.parse(searched["pipeline"])

@@ -47,6 +47,9 @@ _GAIN: Final = 0.3  # dB that equalizing channels has to bring
 _SECONDS: Final = 4.0  # of timing, about
 _SMALL: Final = 0.02  # of all multiply-accumulates, that the smallest layers have together
 _JUDGED_WORK: Final = 1 << 40  # multiply-accumulates of the samples that a model without labels is judged on, about
+_LATE: Final = frozenset(
+    ["fuse-attention", "fuse-skip-layer-norm", "fuse-bias-gelu"]
+)  # into operators that hold weights or sums
 _KEPT: Final = 64 << 20  # bytes of outputs of the float model that are kept between runs
 
 
@@ -289,6 +292,24 @@ def session_of(model: Model, optimized: bool, threads: int | None = None) -> Any
         raise UnsupportedModel(f"ONNX Runtime refuses the model: {' '.join(str(error).split())[:300]}") from None
 
 
+def fusions_last(pipeline: Pipeline) -> Pipeline:
+    """`pipeline` with fusions into a runtime's own operators behind the last pass that quantizes, since those hide the weights from it."""
+    last = max((i for i, s in enumerate(pipeline.steps) if _is_quantizing(s)), default=None)
+    if last is None:
+        return pipeline
+    early, late = _split(pipeline.steps[: last + 1])
+    return Pipeline((*early, *late, *pipeline.steps[last + 1 :]))
+
+
+def _split(steps: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    late = [s for s in steps if isinstance(s, Pass) and s.pass_name() in _LATE]
+    return [s for s in steps if not any(s is x for x in late)], late
+
+
+def _is_quantizing(step: Any) -> bool:
+    return isinstance(step, Pass) and step.pass_name().startswith("quantize-")
+
+
 def search(
     model: Model,
     target: Target,
@@ -334,7 +355,8 @@ class _Search:
         self.target, self.data, self.wish, self.seed, self.say = target, data, wish, seed, say
         template = next((p for p in pipeline.passes if isinstance(p, quantize)), quantize())
         self.template: Any = replace(template, **dict(wish.options))
-        self.before = Pipeline(tuple(s for s in pipeline.steps if not isinstance(s, quantize)))
+        early, late = _split([s for s in pipeline.steps if not isinstance(s, quantize)])
+        self.before, self.after = Pipeline(tuple(early)), tuple(late)
         self.floating = self.before.run(model, self.context(), recovery=recovery).model
         self.on_kernels = target.runtime == "ort"
         self.judge = Judge(self.floating, data, wish.labels)
@@ -356,11 +378,12 @@ class _Search:
         """What quantizes; nothing where every layer is excluded."""
         if excluded and set(self.names) <= set(excluded):
             return ()
-        return (replace(self.template, exclude=tuple(dict.fromkeys((*self.template.exclude, *excluded)))),)
+        return (replace(self.template, exclude=tuple(dict.fromkeys((*self.template.exclude, *excluded)))), *self.after)
 
     def result(self, excluded: tuple[str, ...]) -> Result:
         if excluded not in self._results:
-            self._results[excluded] = Pipeline(self.steps(excluded)).run(self.floating, self.context())
+            steps = self.steps(excluded) or self.after
+            self._results[excluded] = Pipeline(steps).run(self.floating, self.context())
         return self._results[excluded]
 
     def emulated(self, model: Model) -> tuple[float, float]:
@@ -403,7 +426,7 @@ class _Search:
             )
         self._equalize()
         excluded: tuple[str, ...] = ()
-        if self.wish.gate and self.on_kernels and self.result(()).rewrites:
+        if self.wish.gate and self.on_kernels and self.names:
             excluded = self._gate()
         met = True
         if self.wish.max_drop is not None:
@@ -411,7 +434,7 @@ class _Search:
         result, score = self.result(excluded), self.score(excluded)
         written, kernels = self.emulated(result.model) if self.on_kernels else (score.sqnr, score.sqnr)
         outcome = Outcome(
-            Pipeline((*self.before.steps, *self.steps(excluded))),
+            Pipeline((*self.before.steps, *(self.steps(excluded) or self.after))),
             result,
             [],
             "top1" if self.wish.labels is not None else "agreement",
@@ -424,7 +447,7 @@ class _Search:
             self.notes,
             reasons={n: r for n, r in self.reasons.items() if n in excluded},
         )
-        if result.rewrites:
+        if self.steps(excluded) and self.names:
             step = self.steps(excluded)[0]
             outcome.alone = layer_sqnr(self.floating, step, self.data, self.context())
         if self.on_kernels:
@@ -506,7 +529,8 @@ class _Search:
     def _times(self, plans: Mapping[str, tuple[str, ...]], sample: Mapping[str, Array]) -> dict[str, float]:
         """Time over that of the float model, by name of the plan."""
         calls: dict[str, Callable[[], object]] = {}
-        for name, model in [("float", self.floating), *((n, self.result(e).model) for n, e in plans.items())]:
+        floating = Pipeline(self.after).run(self.floating, self.context()).model
+        for name, model in [("float", floating), *((n, self.result(e).model) for n, e in plans.items())]:
             session = session_of(model, True, threads=1)  # the fairest clock on a machine that does other things too
             calls[name] = lambda s=session: s.run(None, sample)  # type: ignore[misc]
         start = time.perf_counter()

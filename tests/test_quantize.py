@@ -34,7 +34,7 @@ def run(text: str, model: ir.Model, target: Target | None = CPU, data=None, limi
 def net(name: str) -> tuple[ir.Model, object]:
     model = ir.load(f"models/{name}.legacy.onnx")
     data = open_data({"x": DIGITS["x_calib"]}, model.inputs)
-    return run("default", model).model, data
+    return run("O2", model).model, data
 
 
 def ops(model: ir.Model) -> collections.Counter:
@@ -199,7 +199,7 @@ def test_a_quantized_model_is_made_float_again_by_choice(tmp_path) -> None:
         assert forms(again) == {}
         assert judge.score(again, True).sqnr > 40
     vit, _ = net("vit")
-    again = run("dequantize,default", run("quantize-dynamic", vit).model).model
+    again = run("dequantize,O2", run("quantize-dynamic", vit).model).model
     assert forms(again) == {}
     assert ops(again)["MatMul"] == ops(vit)["MatMul"]
 
@@ -403,3 +403,15 @@ def test_rtx_runs_every_placed_layer_in_int8_without_round_trips(tmp_path) -> No
 
 def test_onnxruntime_is_the_version_whose_fusions_were_measured() -> None:
     assert tuple(map(int, ort.__version__.split(".")[:2])) >= (1, 24)
+
+
+def test_operators_that_hold_weights_are_fused_after_quantizing() -> None:
+    late = int8.fusions_last(Pipeline.parse("fuse-attention,fold-constants,quantize-qdq,eliminate-dead"))
+    assert str(late) == "fold-constants,quantize-qdq,fuse-attention,eliminate-dead"
+    plain = Pipeline.parse("fuse-attention,fold-constants")
+    assert int8.fusions_last(plain) == plain
+    model = ir.load("models/vit.legacy.onnx")
+    data = open_data({"x": DIGITS["x_calib"]}, model.inputs)
+    found = int8.search(model, CPU, Pipeline.parse("default"), data, wish=int8.Wish(gate=False, equalize=False))
+    assert sum(layer.int8 for layer in found.layers) == 13
+    assert found.sqnr > 37.5

@@ -49,11 +49,11 @@ _STYLE: Final = {
 @contextmanager
 def _chart(height: float) -> Iterator[tuple[Any, list[str]]]:
     """Axes to draw on; the list holds the SVG afterwards."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     done: list[str] = []
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with style.context(["default", _STYLE]), warnings.catch_warnings():  # whatever the user's matplotlibrc says
         warnings.simplefilter("ignore")  # letters that matplotlib's own font lacks: the page's font decides
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         figure.patch.set_visible(False)

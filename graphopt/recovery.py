@@ -89,6 +89,8 @@ class Recovery:
             tried = self._try(step, model, ctx, None)
             if tried.error is None:
                 break
+            if not self._proves:
+                raise tried.error
             good, bad = self._search(step, model, ctx, tried)
             nodes = _touched(good, bad)
             known = self._covered.setdefault(step.pass_name(), {})
@@ -102,7 +104,8 @@ class Recovery:
             known.update(dict.fromkeys(fresh))
         model.graph, model.carried = tried.model.graph, tried.model.carried
         self._verify, self._compare = tried.verify, tried.compare
-        ctx.admitted, ctx.uncounted, ctx.spent = tried.ctx.admitted, tried.ctx.uncounted, tried.ctx.spent
+        ctx.admitted, ctx.uncounted = tried.ctx.admitted, tried.ctx.uncounted
+        ctx.spent, ctx.facts = tried.ctx.spent, tried.ctx.facts
         ctx.remarks[:] = [*ctx.remarks, *tried.ctx.remarks]
         return tried.rewrites
 
@@ -114,7 +117,8 @@ class Recovery:
     def _try(self, step: Pass, model: Model, ctx: Context, limit: int | None) -> _Trial:
         """Run `step` on a copy and check what comes out; `limit` counts the admissions of this run."""
         most = ctx.limit if limit is None else ctx.admitted + limit
-        own = replace(ctx, limit=most, remarks=[], spent=copy.deepcopy(ctx.spent), analyses={})
+        spent, facts = copy.deepcopy(ctx.spent), copy.deepcopy(ctx.facts)
+        own = replace(ctx, limit=most, remarks=[], spent=spent, facts=facts, analyses={})
         work = model.clone()
         verify, compare = copy.copy(self._verify), self._compare.fork()
         trial = _Trial(work, own, verify, compare)

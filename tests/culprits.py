@@ -18,7 +18,7 @@ class NegToMul(Pass):
     """Turn every Neg into a product with -1; at the node `at` something goes wrong."""
 
     at: str = ""
-    how: str = "numbers"  # numbers, nan, raise, dangling, interface, operator
+    how: str = "numbers"  # numbers, nan, raise, dangling, interface, operator; second: the next one is wrong too
     asks: bool = True  # whether it asks before each rewrite
 
     def run(self, model: Model, ctx: Context) -> int:
@@ -29,10 +29,10 @@ class NegToMul(Pass):
                 continue
             if self.asks and not ctx.admit():
                 break
-            wrong = node.name == self.at
+            wrong = node.name == self.at or (self.how == "second" and node.name == f"neg{int(self.at[3:]) + 1}")
             if wrong and self.how == "raise":
                 raise RuntimeError("on purpose")
-            factor = -1.0 if not wrong else {"numbers": -1.5, "nan": np.nan}.get(self.how, -1.0)
+            factor = -1.0 if not wrong else {"numbers": -1.5, "second": -1.5, "nan": np.nan}.get(self.how, -1.0)
             result = node.outputs[0]
             node.outputs.clear()
             by = edit.constant(f"{node.name}_by", np.array(factor, np.float32))

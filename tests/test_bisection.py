@@ -307,6 +307,15 @@ def test_a_pass_that_does_not_ask_and_fails_is_covered_where_it_touches_few_node
     assert len(recovery.dropped) == 1
 
 
+def test_two_culprits_are_told_apart_from_one(run: Callable[..., Done]) -> None:
+    done = run("bisect", "m.onnxtxt", "-p", "neg-to-mul{at=neg2},neg-to-mul{at=neg2,how=raise}")
+    assert "nodes: 'neg2'" in done.out
+    assert "still bad: others fail too" not in done.out  # the second pass finds nothing where the first may not go
+    done = run("bisect", "m.onnxtxt", "-p", "neg-to-mul{at=neg5,how=second}")
+    assert "nodes: 'neg5'" in done.out
+    assert "still bad: others fail too" in done.out
+
+
 def test_without_a_failure_recovery_changes_nothing() -> None:
     model = ir.load(NETS / "resnet.dynamo.onnx")
     recovery = Recovery()

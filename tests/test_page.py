@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -151,6 +152,8 @@ def test_charts_hold_for_extreme_numbers_and_are_the_same_every_time() -> None:
     assert charts.bars([], "s") == charts.bars([], "s")
     svg = charts.pairs([("Conv", 3, 2)], "nodes")
     assert svg == charts.pairs([("Conv", 3, 2)], "nodes")
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "svg.fonttype": "path"}):
+        assert svg == charts.pairs([("Conv", 3, 2)], "nodes")
     assert "var(--first)" in svg
     assert not re.search(r"#(0[1-6])\1\1", svg)
 

@@ -21,6 +21,7 @@ from docs import reference
 
 ROOT: Final = reference.ROOT
 START: Final = ("index.md", "tutorial.md", "why.md")
+_MEASURED: Final = re.compile(r'<!-- measured: (\S+) "([^"]+)" -->')
 _LINK: Final = re.compile(r"(!?\[[^\]]*\]\()([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -55,7 +56,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = target.removeprefix("docs/") if target.startswith("docs/") else f"repository/{target}"
         return f"{match[1]}{os.path.relpath(uri, os.path.dirname(here) or '.')}{match[3] or ''})"  # noqa: PTH120
 
-    return _LINK.sub(lead, markdown)
+    return _LINK.sub(lead, _MEASURED.sub(lambda match: measured(Path(config.docs_dir, match[1]), match[2]), markdown))
+
+
+def measured(page: Path, heading: str) -> str:
+    """The first table of `page` below `heading`, and the command of a benchmark that is nearest to it.
+
+    Raises:
+        ValueError: the page has no such heading, table or command.
+    """
+    text = page.read_text(encoding="utf-8")
+    begin = re.search(rf"^#+ .*{re.escape(heading)}.*$", text, re.MULTILINE)
+    table = begin and re.compile(r"(?:^\|.*\n)+", re.MULTILINE).search(text, begin.end())
+    commands = list(re.finditer(r"^```console\n[^`]*python -m benchmarks\.[^`]*```\n", text, re.MULTILINE))
+    if not table or not commands:
+        raise ValueError(f"{page.name} has no table below {heading!r}, or no command of a benchmark")
+    at = table.start()
+    nearest = min(commands, key=lambda c: abs(c.start() - at))
+    return f"{nearest[0]}\n{table[0]}"
 
 
 def _outside(uri: str, link: str) -> str | None:

@@ -184,4 +184,7 @@ def test_the_site_builds_with_strict_links(tmp_path: Path) -> None:
     assert {"index.html", "reference/passes.html", "reference/command-line.html", "reference/manifest.html"} <= pages
     text = (tmp_path / "site/reference/passes.html").read_text(encoding="utf-8")
     assert 'id="fuse-conv-bn"' in text
+    why = (tmp_path / "site/why.html").read_text(encoding="utf-8")
+    assert why.count("<table>") >= 3  # taken from the pages that hold them
+    assert why.count("python -m benchmarks") + why.count("benchmarks.") >= 3
     assert "https://fonts." not in (tmp_path / "site/index.html").read_text(encoding="utf-8")

@@ -266,13 +266,18 @@ def quiet() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
-def _work(pipe: Any, silent: bool) -> None:
+def _work(pipe: Any, theirs: Any) -> None:
+    theirs.close()  # else this process would never see that the other has ended
     quiet()
     faulthandler.disable()  # the parent tells of a crash
-    if silent:
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    with contextlib.suppress(EOFError):
+        _answer(pipe)
+
+
+def _answer(pipe: Any) -> None:
     while (data := pipe.recv_bytes()) != b"":
         try:
             told = attempt(data)
@@ -289,7 +294,7 @@ class Worker:
     def __init__(self) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, True), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, self.pipe), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -138,14 +138,15 @@ class _Plan:
         else:
             operands = [self.operand(t) for t in node.inputs]
             given = sum(a.nbytes for a in operands if a is not None)
-            allowed = min(self.options.max_value, self.room - self.held)
+            room = self.room - self.held
+            allowed = self.options.max_value
             if self.options.budget is not None:
                 allowed = min(allowed, given + self.options.budget)
             fill = _fill(node, operands)
             size = fill.nbytes if fill is not None else _output_bytes(self.model, node, operands, allowed)
             if size is None and self.options.budget is not None:
                 return "constant, but of unknown size; allow it with fold-constants{budget=none}"
-            if size is not None and size > self.room - self.held:
+            if size is not None and size > room and fill is None:
                 return f"constant, but {size:,} bytes large, and {self.held:,} are computed already; left to run time"
             if size is not None and size > allowed:
                 advice = (
@@ -162,7 +163,7 @@ class _Plan:
             return ""
         for tensor, array in zip((t for t in node.outputs if t.name), arrays, strict=True):
             self.values[id(tensor)] = _Folded(tensor, node, array)
-            self.held += array.nbytes if node.op != "Constant" else 0
+            self.held += 0 if node.op in ("Constant", "ConstantOfShape") else array.nbytes  # those are a view
         self.folds[id(node)] = node
         return None
 
@@ -247,7 +248,9 @@ def _stored(nbytes: int, tensor: gs.Tensor) -> int:
 
 def _fill(node: Node, operands: list[Array | None]) -> Array | None:
     """What a ConstantOfShape makes, as a view of one number: it is written out where it is stored, if it is."""
-    if node.op != "ConstantOfShape" or operands[0] is None or (operands[0] < 0).any() or operands[0].size > 32:
+    if node.op != "ConstantOfShape" or operands[0] is None or operands[0].ndim != 1:
+        return None
+    if (operands[0] < 0).any() or operands[0].size > 32:
         return None
     value = np.asarray(node.attrs["value"].values) if "value" in node.attrs else np.zeros(1, np.float32)
     if value.size != 1 or math.prod(operands[0].tolist()) > 1 << 40:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import itertools
+import json
 import os
 import resource
 import subprocess
@@ -22,6 +23,7 @@ from graphopt.commands.terminal import HarmlessFormatter, _Terminal, harmless
 from graphopt.equivalence import generate_inputs
 from graphopt.errors import InvalidModel, UnsupportedModel, UserError, closest
 from graphopt.evaluate import evaluate_node
+from graphopt.instruments import Reproducer
 from graphopt.wire import map_beside
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,9 +142,9 @@ def test_what_would_blow_up_stays_in_the_graph(name):
 
 
 def test_what_one_run_computes_is_bounded():
-    """2,000 values of 1 MiB each, every one within the budget."""
-    nodes = [node("ConstantOfShape", ["s"], [f"k{i}"]) for i in range(2000)]
-    proto = model(summed(*nodes, node("Sum", [f"k{i}" for i in range(2000)], ["c"])), [ints("s", 1 << 18)])
+    """1,500 values of 1 MiB each, every one within the budget."""
+    nodes = [node("Expand", ["a", "s"], [f"k{i}"]) for i in range(1500)]
+    proto = model(summed(*nodes, node("Sum", [f"k{i}" for i in range(1500)], ["c"])), [one, ints("s", 1 << 18)])
     result = optimized(proto, "fold-constants")
     assert any("are computed already; left to run time" in str(r) for r in result.remarks)
 
@@ -462,6 +464,20 @@ def test_a_model_cannot_name_code_to_run(tmp_path, monkeypatch, capfd):
     ):
         assert cli.run(arguments) == 0, capfd.readouterr().err
     assert cli.run(["run", "m.onnx"]) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_reproducer_names_passes_but_no_code(tmp_path, monkeypatch, capfd):
+    """Its pipeline comes from the file, and an option of a pass may name a function of the user's."""
+    (tmp_path / "evil.py").write_text("import pathlib; pathlib.Path('ran').touch()\ndef rank(*_): return []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    proto = model([node("Relu", ["x"], ["y"])])
+    facts = {"pipeline": "prune-channels{importance='evil:rank'}", "error": "KeyError: 1"}
+    proto.metadata_props.add(key=Reproducer.KEY, value=json.dumps(facts))
+    ir.save(ir.from_proto(proto), "m.onnx")
+    assert cli.run(["reproduce", "m.onnx"]) == 1
+    assert "wants the code 'evil:rank' to run, which only a command line may name" in capfd.readouterr().err
     assert not (tmp_path / "ran").exists()
 
 

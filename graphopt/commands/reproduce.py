@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,12 @@ def reproduce(
     model = load(file)
     facts = _facts(model, file)
     pipeline = Pipeline.parse(facts["pipeline"])
+    for value in (v for step in pipeline.passes for v in step.options().values()):
+        if isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value):
+            raise UserError(
+                f"{file!r} wants the code {value!r} to run, which only a command line may name; if you trust it: "
+                f"graphopt opt {file} -o out.onnx -p {str(pipeline)!r}"
+            )
     feeds, samples = read_samples(data, model.inputs, pipeline, False)
     try:
         if feeds is None and facts.get("feeds"):

@@ -248,7 +248,7 @@ def _stored(nbytes: int, tensor: gs.Tensor) -> int:
 
 def _fill(node: Node, operands: list[Array | None]) -> Array | None:
     """What a ConstantOfShape makes, as a view of one number: it is written out where it is stored, if it is."""
-    if node.op != "ConstantOfShape" or operands[0] is None or operands[0].ndim != 1:
+    if node.op != "ConstantOfShape" or operands[0] is None or operands[0].ndim != 1 or operands[0].dtype != np.int64:
         return None
     if (operands[0] < 0).any() or operands[0].size > 32:
         return None

@@ -128,11 +128,16 @@ def _ran(
     name = str(variant.target)
     interface = original if original is not None else _Interface(session)
     feeds: Iterable[Mapping[str, Any]]
+    evaluator = None if original is None else Evaluator(original)
     if data is not None:
         feeds = data.feeds(_BATCH)
+    elif original is not None and evaluator is not None and not variant.shapes:
+        try:
+            feeds = [sample for sample, _ in equivalence.generated_runs(original, evaluator, seed)]
+        except UnsupportedModel:
+            feeds = ()
     else:
         feeds = itertools.islice(building.samples(interface, seed, variant.shapes), 2)  # type: ignore[arg-type]  # inputs are enough
-    evaluator = None if original is None else Evaluator(original)
     worst: dict[str, equivalence.Difference] = {}
     allowed = _tolerance(variant, original, tolerance)
     classes: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []

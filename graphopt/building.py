@@ -31,7 +31,7 @@ from graphopt.bundle import Bundle
 from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
-from graphopt.evaluate import evaluate_node, seconds
+from graphopt.evaluate import Evaluator, evaluate_node, seconds
 from graphopt.instruments import Census, PassTime, Statistics, Timing, Verify, census
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context
@@ -302,12 +302,16 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
 
 
 def _one_sample(request: Request) -> list[Feeds]:
-    """What the page compares layers on."""
-    return (
-        list(request.feeds[:1])
-        if request.feeds
-        else [next(samples(request.model, request.seed, request.options.shapes))]
-    )
+    """What the page compares layers on, and what is timed.
+
+    Raises:
+        UnsupportedModel: the original runs on no generated sample.
+    """
+    if request.feeds:
+        return list(request.feeds[:1])
+    if request.options.shapes:
+        return [next(samples(request.model, request.seed, request.options.shapes))]
+    return [equivalence.generated_runs(request.model, Evaluator(request.model), request.seed)[0][0]]
 
 
 def _recovery(request: Request, target: Target, aloud: bool = True) -> Recovery:
@@ -521,7 +525,7 @@ def _latency(request: Request, built: _Built, folder: Path) -> dict[str, Any] | 
     original = folder / ".original.onnx"
     written = ir.save(request.model, original)
     try:
-        sample = request.feeds[0] if request.feeds else next(samples(request.model, request.seed, options.shapes))
+        sample = _one_sample(request)[0]
         before = built.backend.open(folder, Artifact((original.name,), {}), built.target, options)
         after = built.backend.open(folder, built.artifact, built.target, options)
         timings = measure.interleave({"original": lambda: before.run(sample), "optimized": lambda: after.run(sample)})

@@ -35,6 +35,9 @@ from graphopt.evaluate import Arrays, Evaluator
 from graphopt.ir import Model, Node, TensorSpec, dtype_name
 from graphopt.pass_base import Exactness, Pass
 
+Run = tuple[Mapping[str, "np.ndarray[Any, Any]"], Arrays]  # a sample, and the outputs on it
+_LARGER_DIMS: Final = (16, 32, 64, 112, 224, 512, 8000)  # for models that no small input fits: strides, windows, audio
+_LARGER_ELEMENTS: Final = 1 << 21  # of one sample of an input of such a size
 _DEFAULT_DIM: Final = 2  # a dynamic dimension nobody described; 1 would hide broadcasting mistakes
 _RANDOM: Final = frozenset(
     ["RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"]
@@ -207,19 +210,67 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...], high: int
 
 
 def input_samples(
-    model: Model, *, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None, count: int = 2
+    model: Model,
+    *,
+    seed: int = 0,
+    shapes: Mapping[str, ShapeRange] | None = None,
+    count: int = 2,
+    size: int | None = None,
 ) -> Iterator[Arrays]:
-    """`count` feeds for `model`; dynamic dimensions differ between them (2, 3, ..., or the min, opt, max of `shapes`)."""
+    """`count` feeds for `model`; dynamic dimensions differ between them (2, 3, ..., or the min, opt, max of `shapes`).
+
+    With `size`, dynamic dimensions behind the first of an input are `size` and its multiples instead, for models that cannot take small ones.
+    """
     symbols = sorted({d for s in model.inputs for d in s.shape or () if isinstance(d, str)})
+    inner = {d for s in model.inputs for d in (s.shape or ())[1:]} if size is not None else set()
     for number in range(count):
         specs = list(model.inputs)
-        dims = dict.fromkeys(symbols, _DEFAULT_DIM + number)
+        dims = {d: (size or 0) * (number + 1) if d in inner else _DEFAULT_DIM + number for d in symbols}
+        if size is not None and None in inner:
+            for index, spec in enumerate(specs):
+                sized = (size * (number + 1) if d is None and i else d for i, d in enumerate(spec.shape or ()))
+                specs[index] = spec if spec.shape is None else replace(spec, shape=tuple(sized))
         for index, spec in enumerate(specs):
             ranged = (shapes or {}).get(spec.name)
             if ranged is not None:
                 shape = (ranged.opt, ranged.min, ranged.max)[number % 3]
                 specs[index] = TensorSpec(spec.name, spec.dtype, shape)
         yield generate_inputs(specs, seed=seed + number, dims=dims)
+
+
+def generated_runs(
+    model: Model, evaluator: Evaluator, seed: int = 0, shapes: Mapping[str, ShapeRange] | None = None
+) -> list[tuple[Arrays, Arrays]]:
+    """Generated samples that `evaluator` of `model` runs, with its outputs: small dynamic dimensions first, larger ones if none of those run.
+
+    Raises:
+        UnsupportedModel: it runs none.
+    """
+    refusal: UnsupportedModel | None = None
+    for size in (None, *_larger_dims(model.inputs, shapes)):
+        found: list[tuple[Arrays, Arrays]] = []
+        for sample in input_samples(model, seed=seed, shapes=shapes, size=size):
+            try:
+                found.append((sample, evaluator.run(sample)))
+            except UnsupportedModel as error:  # an input that the original itself refuses proves nothing
+                refusal = refusal or error
+        if found:
+            return found
+    raise UnsupportedModel(
+        f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape"
+    )
+
+
+def _larger_dims(inputs: Sequence[TensorSpec], shapes: Mapping[str, ShapeRange] | None) -> list[int]:
+    """Sizes for dynamic dimensions behind the first, where there are such and nobody said their ranges; as long as samples stay small."""
+    inner = [(s.shape or ())[1:] for s in inputs]
+    if shapes or all(isinstance(d, int) for dims in inner for d in dims):
+        return []
+    largest = {
+        size: max(math.prod(d if isinstance(d, int) else 2 * size for d in dims) for dims in inner)
+        for size in _LARGER_DIMS
+    }
+    return [size for size, elements in largest.items() if elements <= _LARGER_ELEMENTS]
 
 
 def seeded(model: Model) -> Model:
@@ -364,26 +415,16 @@ class Reference:
         """Arguments as of `compare`; `model` must not be changed any more. Nothing runs before the first comparison."""
         self.model = seeded(model)
         self._feeds, self._seed, self._shapes = feeds, seed, shapes
-        self._runs: dict[str, tuple[Evaluator, list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]]]] = {}
+        self._runs: dict[str, tuple[Evaluator, list[Run]]] = {}
 
-    def _expected(self, engine: str) -> tuple[Evaluator, list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]]]:
+    def _expected(self, engine: str) -> tuple[Evaluator, list[Run]]:
         """The evaluator that was asked for, or the one that can load the model, and its samples with their outputs."""
         if engine not in self._runs:
             evaluator = Evaluator(self.model, engine)
-            found: list[tuple[Mapping[str, np.ndarray[Any, Any]], Arrays]] = []
-            refusal: UnsupportedModel | None = None
-            generated = input_samples(self.model, seed=self._seed, shapes=self._shapes)
-            for sample in self._feeds if self._feeds is not None else generated:
-                try:
-                    found.append((sample, evaluator.run(sample)))
-                except UnsupportedModel as error:
-                    if self._feeds is not None:
-                        raise
-                    refusal = error  # a generated input that the original itself refuses proves nothing
-            if not found:
-                raise UnsupportedModel(
-                    f"no generated input runs through the original, so nothing is proven ({refusal}); give --data or --shape"
-                )
+            if self._feeds is not None:
+                found: list[Run] = [(sample, evaluator.run(sample)) for sample in self._feeds]
+            else:
+                found = list(generated_runs(self.model, evaluator, self._seed, self._shapes))
             self._runs[engine] = evaluator, found
         return self._runs[engine]
 

@@ -160,6 +160,19 @@ def test_equal_symbols_get_equal_dimensions_and_samples_differ_in_them() -> None
     assert generate_inputs(model.inputs, dims={"N": 7})["x"].shape == (7, 2)
 
 
+def test_a_model_that_takes_no_small_input_is_compared_on_larger_ones() -> None:
+    text = """g (float[N,1,H,W] x) => (float[N,1,H,W] y) <float[1,1,2,2] w = {1, 2, 3, 4}>
+    { a = MaxPool <kernel_shape = [4, 4], strides = [4, 4]> (x)
+      b = ConvTranspose <kernel_shape = [2, 2], strides = [2, 2]> (a, w)
+      c = ConvTranspose <kernel_shape = [2, 2], strides = [2, 2]> (b, w)
+      y = Add (c, x) }"""
+    found = compare(ir.parse(text), ir.parse(text))
+    assert found.equal
+    assert found.samples == 2
+    with pytest.raises(UnsupportedModel, match="nothing is proven"):
+        compare(ir.parse(text), ir.parse(text), shapes={"x": ShapeRange.parse("x=1x1x6x6")[1]})
+
+
 def test_an_input_that_is_no_tensor_must_be_given() -> None:
     model = ir.parse("g (seq(float[2]) s) => (float[2] y) <int64 i = {0}> { y = SequenceAt (s, i) }")
     with pytest.raises(UnsupportedModel, match="input 's' is no dense tensor"):

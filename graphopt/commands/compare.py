@@ -78,20 +78,9 @@ def compare(
 def _generated(reference: Model, seed: int) -> list[dict[str, Any]]:
     """Samples that the reference can be run on."""
     from graphopt import equivalence
-    from graphopt.errors import UnsupportedModel
     from graphopt.evaluate import Evaluator
 
-    evaluator = Evaluator(reference)
-    found, refusal = [], None
-    for sample in equivalence.input_samples(reference, seed=seed):
-        try:
-            evaluator.run(sample)
-            found.append(sample)
-        except UnsupportedModel as error:
-            refusal = error
-    if not found:
-        raise UnsupportedModel(f"no generated input runs through the reference ({refusal}); give --data or --shape")
-    return found
+    return [sample for sample, _ in equivalence.generated_runs(reference, Evaluator(reference), seed)]
 
 
 def _layers(

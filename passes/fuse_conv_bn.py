@@ -10,8 +10,9 @@ output channel ``g * C_out / group + j`` belongs to rows ``g * C_in / group ..``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -20,6 +21,8 @@ from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Exactness
 from graphopt.rewrite import Match, Op, RewritePass, const, maybe, op
+
+_BLOCK: Final = 1 << 17  # elements folded at a time
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,19 @@ class FuseConvBatchNorm(RewritePass):
         for name in ("scale", "bias", "mean", "var"):
             if tuple(match[name].shape) != (channels,):
                 return f"{name} {match[name].name!r} has shape {list(match[name].shape)}, the convolution has {channels} channels"
-        (weight, exact), (bias, _) = _folded(match)
-        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        folded = _folded(match)
+        if not (np.isfinite(folded.largest) and np.isfinite(folded.weight).all() and np.isfinite(folded.bias).all()):
             return f"folding would make weight {w.name!r} infinite or NaN in {w.dtype}"
-        if np.abs(weight - exact).max(initial=0) > np.finfo(w.dtype).eps * np.abs(exact).max(initial=0):
+        if folded.error > float(np.finfo(w.dtype).eps) * folded.largest:
             return f"folding would make weight {w.name!r} too small for {w.dtype}"
         return None
 
     def rewrite(self, match: Match, edit: Editor) -> gs.Tensor:
         """Insert the folded convolution."""
         bn, conv, w = match.nodes["bn"], match.nodes["conv"], match["w"]
-        (weight, _), (bias, _) = _folded(match)
+        folded = _folded(match)
         wish = match["b"].name if match.has("b") else f"{conv.name}_bias"
-        operands = [match["x"], edit.constant(w.name, weight), edit.constant(wish, bias)]
+        operands = [match["x"], edit.constant(w.name, folded.weight), edit.constant(wish, folded.bias)]
         result = edit.variable(conv.outputs[0].name, bn.outputs[0])
         fused = Node(conv.op, conv.name, dict(conv.attrs), operands, [result])
         fused.attr_types = dict(conv.attr_types)
@@ -91,20 +94,37 @@ def _out_channels(conv: Node, w: gs.Constant) -> int:
     return int(w.shape[0]) if conv.op == "Conv" else int(w.shape[1]) * int(conv.attrs.get("group", 1))
 
 
-def _folded(match: Match) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Weight and bias of the fused convolution: each in the weight's dtype, and before that rounding."""
+@dataclass(frozen=True)
+class _Folded:
+    """Weight and bias of the fused convolution, in the weight's dtype, and what rounding did to the weight."""
+
+    weight: np.ndarray[Any, Any]
+    bias: np.ndarray[Any, Any]
+    error: float  # the largest distance of an element from what it was before rounding
+    largest: float  # the largest magnitude before rounding
+
+
+def _folded(match: Match) -> _Folded:
+    """Rows of the weight are folded a few at a time: a double of all of it would be most of the memory that we take."""
     conv, bn = match.nodes["conv"], match.nodes["bn"]
-    original = match.value("w")
-    w = original.astype(np.float64)
+    w = match.value("w")
     scale, shift, mean, var = (match.value(n).astype(np.float64) for n in ("scale", "bias", "mean", "var"))
     with np.errstate(all="ignore"):  # a variance below -epsilon gives NaN, which check refuses
         k = scale / np.sqrt(var + float(np.float32(bn.attrs.get("epsilon", 1e-5))))
+        ones = [1] * (w.ndim - 2)
         if conv.op == "Conv":
-            weight = w * k.reshape(-1, *[1] * (w.ndim - 1))
+            factors = k.reshape(-1, 1, *ones)
         else:
             groups = int(conv.attrs.get("group", 1))
-            split = w.reshape(groups, w.shape[0] // groups, *w.shape[1:])
-            weight = (split * k.reshape(groups, 1, w.shape[1], *[1] * (w.ndim - 2))).reshape(w.shape)
+            factors = np.repeat(k.reshape(groups, -1), w.shape[0] // groups, axis=0).reshape(*w.shape[:2], *ones)
+        weight = np.empty(w.shape, w.dtype)
+        error = largest = 0.0
+        step = max(1, _BLOCK // max(1, math.prod(w.shape[1:])))
+        for start in range(0, w.shape[0], step):
+            rows = slice(start, start + step)
+            exact = w[rows].astype(np.float64) * factors[rows]
+            weight[rows] = exact
+            error = max(error, float(np.abs(weight[rows] - exact).max(initial=0)))
+            largest = max(largest, float(np.abs(exact).max(initial=0)))
         b = match.value("b").astype(np.float64) if match.has("b") else np.zeros_like(k)
-        bias = (b - mean) * k + shift
-        return [(exact.astype(original.dtype), exact) for exact in (weight, bias)]
+        return _Folded(weight, ((b - mean) * k + shift).astype(w.dtype), error, largest)

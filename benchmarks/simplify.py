@@ -550,14 +550,17 @@ Results = dict[str, tuple[Graph, dict[str, Any], dict[str, Outcome]]]
 def nodes_table(results: Results, peers: Sequence[str]) -> Table:
     """Graphs down, tools across: nodes, and what is wrong with them."""
     columns = [Column("graph", "graph"), Column("original", "before", "d"), *_columns(peers, ">")]
+    columns.append(Column("word", "we have"))
     note = (
         "Nodes without Constants. * flawed: numbers agree, but the checker rejects it or it declares other dimensions; "
-        "wrong, failed: see the reasons below."
+        "wrong, failed: see the reasons below. We have: against the fewest among valid results."
     )
     table = Table("Nodes after", columns, note)
     for name, (_, facts, outcomes) in results.items():
         cells = {peer: _nodes_text(outcome) for peer, outcome in outcomes.items()}
-        table.add(graph=name, original=count(facts["operators"]), **cells)
+        word = verdict(outcomes, ("valid",)).word.split(":")[0].split()[0]
+        we_have = {"win": "fewer", "tie": "equal"}.get(word, "more")
+        table.add(graph=name, original=count(facts["operators"]), **cells, word=we_have)
     table.extra = {
         name: {
             "operators": facts["operators"],

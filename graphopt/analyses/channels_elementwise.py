@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-
-@relation(
+UNARY: Final = (
     *("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Erf", "Gelu", "HardSwish", "HardSigmoid", "Elu", "Selu", "Celu", "Mish"),
     *(
         "Softplus",
@@ -34,7 +33,15 @@ Array = np.ndarray[Any, Any]
     *("Reciprocal", "Sign", "Sin", "Cos", "Tan", "Asin", "Acos", "Atan", "Sinh", "Cosh", "Asinh", "Acosh", "Atanh"),
     *("Identity", "Cast", "CastLike", "Dropout", "Not", "IsNaN", "IsInf", "Swish", "Clip", "Trunc"),
     *("com.microsoft.QuickGelu", "com.microsoft.Gelu"),
+)  # each element by itself; further operands are the same for all
+BROADCASTING: Final = (
+    *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "Where", "Mod", "And", "Or", "Xor", "PRelu"),
+    *("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
+    *("com.microsoft.BiasGelu", "com.microsoft.FastGelu"),
 )
+
+
+@relation(*UNARY)
 def _unary(call: Call) -> Sequence[Labels | None]:
     labels = tuple(call.axes(0))
     for index in range(1, len(call.node.inputs)):  # bounds, ratios: of rank 0, or read for their dtype only
@@ -43,11 +50,7 @@ def _unary(call: Call) -> Sequence[Labels | None]:
     return [labels] * len(call.node.outputs)
 
 
-@relation(
-    *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "Where", "Mod", "And", "Or", "Xor", "PRelu"),
-    *("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual", "BitwiseAnd", "BitwiseOr", "BitwiseXor"),
-    *("com.microsoft.BiasGelu", "com.microsoft.FastGelu"),
-)
+@relation(*BROADCASTING)
 def _broadcasting(call: Call) -> Sequence[Labels | None]:
     operands = [(call.axes(i), call.dims(i)) for i in range(len(call.node.inputs)) if call.has(i)]
     return [broadcast(call, operands)]

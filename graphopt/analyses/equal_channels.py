@@ -20,54 +20,18 @@ import onnx_graphsurgeon as gs
 
 from graphopt.analyses.channel_groups import ChannelGroups, Labels
 from graphopt.analyses.channel_relations import Call, Relation, relation_of
+from graphopt.analyses.channels_elementwise import BROADCASTING, UNARY
 from graphopt.ir import Constant, Model, Node
 
 Array = np.ndarray[Any, Any]
 Partition = Array | None  # None: every index may differ
 
-_ELEMENTWISE: Final = frozenset(
-    [
-        *("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "Where", "PRelu", "Mod", "And", "Or", "Xor"),
-        *("Equal", "Greater", "Less", "GreaterOrEqual", "LessOrEqual"),
-    ]
-)
-# Each index of an axis is treated like every other one, by operands that know no channels.
-_ALIKE: Final = frozenset(
-    [
-        *(
-            "Relu",
-            "LeakyRelu",
-            "Sigmoid",
-            "Tanh",
-            "Erf",
-            "Gelu",
-            "HardSwish",
-            "HardSigmoid",
-            "Elu",
-            "Selu",
-            "Celu",
-            "Mish",
-        ),
-        *(
-            "Softplus",
-            "Softsign",
-            "ThresholdedRelu",
-            "Shrink",
-            "Exp",
-            "Log",
-            "Sqrt",
-            "Abs",
-            "Neg",
-            "Floor",
-            "Ceil",
-            "Round",
-        ),
-        *("Reciprocal", "Sign", "Sin", "Cos", "Identity", "Cast", "Not", "IsNaN", "IsInf", "Swish", "Clip"),
-        *("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "Transpose"),
-        *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"),
-        *("Squeeze", "Unsqueeze"),
-    ]
-)
+# Each index of an axis is treated like every other one, by operands that know no channels; Dropout in training draws for each.
+_ALIKE: Final = frozenset(UNARY) - {"Dropout"} | {
+    *("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "Transpose"),
+    *("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"),
+    *("Squeeze", "Unsqueeze"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +127,7 @@ class EqualChannels:
             return _interior(self._of(node.inputs[0], 1), int(node.attrs["size"]) // 2)
         if node.op == "Concat" and axis == int(node.attrs.get("axis", 1)) % rank:
             return self._side_by_side(node.inputs, axis)
-        if node.op in _ELEMENTWISE:
+        if node.op in BROADCASTING:
             return self._broadcast(node.inputs, axis - rank)
         if node.op == "Conv" and axis == 1:
             return self._conv_rows(node, len(atoms))

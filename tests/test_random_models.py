@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from random_models import feeds, wide_models
 
@@ -63,3 +64,26 @@ def test_optimized_models_compute_the_same_at_every_size() -> None:
 
 def test_exact_passes_are_exact_for_every_number() -> None:
     RUNS(given(wide_models())(check_simplified))()
+
+
+HEAD = (
+    '<ir_version: 8, opset_import: ["" : 17]> '
+    "g (float[N,3,S] x, float[N,4,3,3] u, float[3,4] v, int64[N,3] i, bool c) => "
+)
+FOUND = {
+    "a CastLike after the dtype of another CastLike": """(float[N,4,3,3] y) {
+        s = Shape (x) z = Shape (v) f = ConstantOfShape <value = float[1] {2}> (s)
+        a = Cast <to = 1> (z) b = CastLike (a, f) d = Add (u, u) e = Cast <to = 11> (d) g = CastLike (e, b)
+        y = Sub (g, d) }""",
+    "branches that are the same without what nobody reads": """(float[N,3,S] y) {
+        y = If (c) <then_branch = t () => (float[N,3,S] p) { p = Identity (x) },
+                    else_branch = e () => (float[N,3,S] q) { d = Add (u, u)  q = Identity (x) }> }""",
+    "a mask turned round, whose zeros have signs": """(float[N,3,S] y) {
+        zero = Constant <value_float = 0.0> () m = Equal (x, zero) n = Not (m) y = Where (n, zero, x) }""",
+}
+
+
+@pytest.mark.parametrize("text", FOUND.values(), ids=FOUND)
+def test_what_fuzzing_found(text: str) -> None:
+    check_optimized(ir.parse(HEAD + text))
+    check_simplified(ir.parse(HEAD + text))

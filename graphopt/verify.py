@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt import isolation
+from graphopt.analyses.calls import callees_first
 from graphopt.edit import cycle_text, sort
 from graphopt.errors import InvalidModel, UnsupportedModel, closest
 from graphopt.ir import EXTERNAL_ABOVE, Constant, Graph, Model, Node, TensorSpec, save, saves, subgraphs
@@ -247,7 +248,7 @@ def _operator_hint(op: str, domain: str, opset: int) -> str:
 
 
 def _expansion(model: Model, functions: dict[tuple[str, str], onnx.FunctionProto]) -> None:
-    """Functions stand for their bodies, which must therefore end, and not be too many: peel off those that call only what is peeled off.
+    """Functions stand for their bodies, which must therefore end, and not be too many.
 
     Raises:
         InvalidModel: functions call themselves.
@@ -257,25 +258,13 @@ def _expansion(model: Model, functions: dict[tuple[str, str], onnx.FunctionProto
         key: Counter(call for n in nodes_of(f.node) if (call := (domain_of(n.domain), n.op_type)) in functions)
         for key, f in functions.items()
     }
-    callers: dict[tuple[str, str], list[tuple[str, str]]] = {key: [] for key in calls}
-    for key, called in calls.items():
-        for call in called:
-            callers[call].append(key)
     size: dict[tuple[str, str], int] = {}  # nodes that a call stands for
     depth: dict[tuple[str, str], int] = {}
-    open_calls = {key: len(called) for key, called in calls.items()}
-    ready = [key for key, count in open_calls.items() if not count]
-    while ready:
-        done = ready.pop()
-        called = calls[done]
-        own = sum(1 for _ in nodes_of(functions[done].node))
-        size[done] = own + sum(count * size[call] for call, count in called.items())
-        depth[done] = 1 + max((depth[call] for call in called), default=0)
-        for caller in callers[done]:
-            open_calls[caller] -= 1
-            if not open_calls[caller]:
-                ready.append(caller)
-    left = [name for key in calls if key not in size for _, name in [key]]
+    for key in callees_first(calls):
+        own = sum(1 for _ in nodes_of(functions[key].node))
+        size[key] = own + sum(count * size[call] for call, count in calls[key].items())
+        depth[key] = 1 + max((depth[call] for call in calls[key]), default=0)
+    left = [key[1] for key in calls if key not in size]
     if left:
         raise InvalidModel(
             f"functions {', '.join(map(repr, left[:4]))} call themselves, directly or through each other; "

@@ -9,6 +9,7 @@ from typing import Any, Final
 import onnx
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.calls import callees_first
 from graphopt.edit import Editor, copy_body
 from graphopt.errors import GraphoptError
 from graphopt.ir import Function, Graph, Model, Node, Variable, from_proto, walk
@@ -117,20 +118,7 @@ class _Library:
     ending: set[_Key] = field(default_factory=set)  # that call only functions that end
 
     def __post_init__(self) -> None:
-        """Find the functions that end: those that call none, then those that call only these, and so on."""
-        calls = {key: self._calls(key) for key in self.functions}
-        callers: dict[_Key, list[_Key]] = {key: [] for key in calls}
-        for key, called in calls.items():
-            for call in called:
-                callers[call].append(key)
-        ready = [key for key, called in calls.items() if not called]
-        while ready:
-            done = ready.pop()
-            self.ending.add(done)
-            for caller in callers[done]:
-                calls[caller].discard(done)
-                if not calls[caller]:
-                    ready.append(caller)
+        self.ending = set(callees_first({key: self._calls(key) for key in self.functions}))
 
     def _calls(self, key: _Key) -> set[_Key]:
         nodes = nodes_of(self.functions[key].carried.node)

@@ -34,7 +34,7 @@ from graphopt.errors import InvalidModel, UnsupportedModel, closest
 from graphopt.wire import encode_varint, map_beside
 
 MOST_NESTED: Final = 33  # bodies in bodies: protobuf admits 100 messages in one another, and a body takes three
-MOST_NODES: Final = 1_000_000  # with bodies and functions; the largest exports have a tenth of it
+MOST_NODES: Final = 500_000  # with bodies and functions; the largest exports have a fifth of it
 _MOST_CLAIMS: Final = 16  # times that tensors may share the bytes of an external file, as tied weights do
 _FREE_CLAIMS: Final = 1 << 28  # bytes up to which nobody counts
 _MOST_AXES: Final = 64  # NumPy's limit
@@ -61,8 +61,13 @@ class Reader:
 
     def read(self) -> tuple[Graph, onnx.ModelProto]:
         """The graph, and the ModelProto without graph and functions."""
+        known: set[tuple[str, str, str]] = set()
         for function in self.proto.functions:
             self._count(function.node)
+            key = (domain_of(function.domain), function.name, getattr(function, "overload", ""))
+            if key in known:
+                raise InvalidModel(f"function {function.name!r} is defined twice; keep one")
+            known.add(key)
         functions = [_function(f) for f in self.proto.functions]
         graph = self._graph(self.proto.graph, ChainMap(), self.raws)
         graph.opset = next((o.version for o in self.proto.opset_import if domain_of(o.domain) == ""), 0)

@@ -49,7 +49,12 @@ class InferShapes(Pass):
             try:
                 inferred = onnx.shape_inference.infer_shapes(slim, strict_mode=strict, data_prop=follow)
                 break
-            except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+            except (
+                onnx.shape_inference.InferenceError,
+                onnx.checker.ValidationError,
+                RuntimeError,
+                ValueError,
+            ) as error:
                 ctx.remark(None, f"onnx cannot infer all shapes: {' '.join(str(error).split())[:200]}")
         if inferred is None:
             return 0

@@ -164,7 +164,7 @@ def function(name: str, *calls: str) -> onnx.FunctionProto:
 def test_functions_that_stand_for_too_many_nodes_are_refused():
     doubling = [function(f"f{i}", f"f{i + 1}", f"f{i + 1}") for i in range(40)] + [function("f40", "Relu")]
     loaded = ir.from_proto(model([node("f0", ["x"], ["y"], domain="local")], functions=doubling))
-    with pytest.raises(UnsupportedModel, match=r"stand for [\d,]{15,} nodes, more than the 1,000,000"):
+    with pytest.raises(UnsupportedModel, match=r"stand for [\d,]{15,} nodes, more than the 500,000"):
         verify.operators(loaded)
 
 
@@ -178,6 +178,12 @@ def test_functions_that_nest_too_deep_are_refused_and_a_hundred_levels_are_not()
     assert [n.op for n in result.model.nodes()] == ["Relu"]
     with pytest.raises(UnsupportedModel, match="function 'f0' calls functions 101 deep"):
         verify.operators(chain(101))
+
+
+def test_two_functions_of_one_name_are_refused():
+    twice = [function("f", "Relu"), function("f", "Relu", "Relu")]
+    with pytest.raises(InvalidModel, match="function 'f' is defined twice; keep one"):
+        ir.from_proto(model([node("f", ["x"], ["y"], domain="local")], functions=twice))
 
 
 def test_too_many_nodes_are_refused_and_the_limit_is_not(monkeypatch):

@@ -191,6 +191,16 @@ def test_a_failing_budget_leaves_the_earlier_bundle(build: Build) -> None:
     assert contents(Path("out/m")) == before
 
 
+def test_an_error_in_one_of_several_builds_says_in_which(build: Build) -> None:
+    Path("graphopt.toml").write_text(
+        '[defaults]\ntargets = ["ort:cpu"]\n[build.a]\nmodel = "m.onnxtxt"\n[build.b]\nmodel = "none.onnx"\n'
+    )
+    code, out, err = build()
+    assert (code, "out/a/" in out) == (1, True)
+    assert err.splitlines()[-1] == "in the build of out/b; those before it are done"
+    assert build() == (1, "out/a: up to date\n", err)
+
+
 def test_depends_are_watched(build: Build) -> None:
     Path("in").mkdir()
     Path("in/a.txt").write_text("a")

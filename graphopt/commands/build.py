@@ -184,11 +184,21 @@ def build(
         manifests = session.require_up_to_date(builds)
     else:
         with session.warmed(builds, jobs or os.cpu_count() or 1):
-            manifests = [session.build(settings) for settings in builds]
+            manifests = [_told(session, settings, len(builds) > 1) for settings in builds]
         if cache is not None and session.built:
             cache.trim()
     write_report(report, manifests[0] if report is not None else None)
     _write_depfiles(session, builds, depfile, depfiles)
+
+
+def _told(session: _Session, settings: Settings, several: bool) -> Any:
+    """Build; where there are several, an error says which one it is of."""
+    try:
+        return session.build(settings)
+    except UserError as error:
+        if several:
+            error.add_note(f"in the build of {settings.output}; those before it are done")
+        raise
 
 
 def _shapes(texts: Sequence[str] | None) -> dict[str, str] | None:

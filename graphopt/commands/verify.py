@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from graphopt.commands.arguments import ReportFile, Seed, TargetName, check_place, load, write_report
+from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, out
 from graphopt.errors import UsageError, UserError
 
@@ -19,6 +20,7 @@ class NotAsItSays(UserError):
     """A bundle fails a check."""
 
 
+@contained(default=False)
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
     model: Annotated[

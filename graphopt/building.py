@@ -31,7 +31,7 @@ from graphopt.bundle import Bundle
 from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
-from graphopt.evaluate import Evaluator, evaluate_node, seconds
+from graphopt.evaluate import Evaluator, clock_of, evaluate_node
 from graphopt.instruments import Census, PassTime, Statistics, Timing, Verify, census
 from graphopt.ir import Model, TensorSpec
 from graphopt.pass_base import Context
@@ -249,9 +249,7 @@ def _variant(request: Request, target: Target, folder: Path) -> _Built:
         searched = _searched(request, target, request.data, request.int8)
         pipeline = Pipeline.parse(searched["pipeline"])
     update = request.progress(target)
-    ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data)
-    if target.runtime == "ort" and (target.device or "cpu").startswith("cpu"):
-        ctx.clock = seconds
+    ctx = Context(target=target, seed=request.seed, evaluate=evaluate_node, data=request.data, clock=clock_of(target))
 
     def progress(stage: str, done: int, total: int) -> None:
         if update is not None:

@@ -19,6 +19,8 @@ from graphopt import isolation
 from graphopt.edit import captures
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, Node, Variable, numpy_dtype, save, saves, subgraphs
+from graphopt.pass_base import Clock
+from graphopt.target import Target
 
 _SAMPLE: Final = 1e-3  # seconds that one sample of a timing lasts at least
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -131,6 +133,11 @@ def seconds(models: Sequence[Model], feeds: Mapping[str, np.ndarray[Any, Any]], 
             return found
     except Exception as error:
         raise UnsupportedModel(f"timing in ONNX Runtime failed: {' '.join(str(error).split())[:300]}") from None
+
+
+def clock_of(target: Target) -> Clock | None:
+    """What times models for a target, where that is ONNX Runtime on the CPU."""
+    return seconds if target.runtime == "ort" and (target.device or "cpu").startswith("cpu") else None
 
 
 def _timed(session: Any, feeds: Mapping[str, np.ndarray[Any, Any]], calls: int) -> float:

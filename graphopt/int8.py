@@ -30,7 +30,7 @@ from graphopt.coverage import Layer
 from graphopt.data import Data, ListData
 from graphopt.discovery import find_pass
 from graphopt.errors import UnsupportedModel, UsageError
-from graphopt.evaluate import evaluate_node
+from graphopt.evaluate import clock_of, evaluate_node
 from graphopt.ir import Model, saves
 from graphopt.pass_base import Context, Pass
 from graphopt.pipeline import Pipeline, Recovery, Result
@@ -589,7 +589,8 @@ def _chained(node: gs.Node) -> bool:
 
 
 def _context(target: Target, data: Data, seed: int) -> Context:
-    return Context(target=target, seed=seed, evaluate=evaluate_node, data=data, products_stay=True)
+    clock = clock_of(target)
+    return Context(target=target, seed=seed, evaluate=evaluate_node, data=data, clock=clock, products_stay=True)
 
 
 def layer_sqnr(model: Model, step: Any, data: Data, ctx: Context) -> dict[str, float]:

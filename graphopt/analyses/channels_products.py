@@ -41,12 +41,7 @@ def _conv(call: Call) -> Sequence[Labels | None] | None:
     size = call.dims(1)
     if len(data) < 3 or len(size) != len(data) or not all(isinstance(d, int) for d in size):
         return None
-    for axis in data[2:]:
-        call.pin(axis, "slides over it")
-    for axis in weight[2:]:
-        call.pin(axis, "has it as kernel")
-    call.groups.seen(*weight[:2])
-    groups = int(call.attr("group", 1))
+    groups = _windows(call, data, weight)
     rows = weight[0]
     if groups == 1:
         joined = call.join(data[1], weight[1])
@@ -58,6 +53,16 @@ def _conv(call: Call) -> Sequence[Labels | None] | None:
     if call.has(2):
         rows = call.join(rows, call.axes(2)[0])
     return [(data[0], rows, *[None] * (len(data) - 2))]
+
+
+def _windows(call: Call, data: Sequence[Axis], weight: Sequence[Axis]) -> int:
+    """Pin what a kernel slides over, and its taps; the number of groups."""
+    for axis in data[2:]:
+        call.pin(axis, "slides over it")
+    for axis in weight[2:]:
+        call.pin(axis, "has it as kernel")
+    call.groups.seen(*weight[:2])
+    return int(call.attr("group", 1))
 
 
 def _depthwise(call: Call, channels: Axis, rows: Axis, groups: int) -> Axis:
@@ -101,12 +106,7 @@ def _conv_transpose(call: Call) -> Sequence[Labels | None] | None:
     data, weight = call.axes(0), call.axes(1)
     if len(data) < 3 or len(weight) != len(data):
         return None
-    for axis in data[2:]:
-        call.pin(axis, "slides over it")
-    for axis in weight[2:]:
-        call.pin(axis, "has it as kernel")
-    call.groups.seen(*weight[:2])
-    groups = int(call.attr("group", 1))
+    groups = _windows(call, data, weight)
     rows, channels = weight[1], call.join(data[1], weight[0])
     if groups == 1:
         call.groups.contract(call.node, 0, 1, channels)

@@ -25,7 +25,7 @@ from graphopt.pipeline import Pipeline, Result
 from graphopt.verdict import Command, Judge, Verdict
 
 Say = Callable[[str], None]
-_LAST_ALONE: Final = 64  # nodes that a rewrite may touch for the question what happens without it
+_MOST_NODES: Final = 64  # that a rewrite may touch for the question what happens without it
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,6 @@ class Bisection:
         self.model, self.pipeline, self.judge, self.progress = model, pipeline, judge, progress
         self._context = context or _plain_context
         self.runs = 0
-        self._outcomes: dict[int | None, tuple[Verdict, str]] = {}
 
     def run(self, limit: int | None) -> _Outcome:
         """Run the pipeline up to `limit` rewrites and judge what comes out; a pass that fails makes it bad."""
@@ -213,7 +212,7 @@ class Bisection:
         """Whether the result is good when the pass cannot get at these nodes."""
         from graphopt.recovery import Recovery
 
-        if not nodes or len(nodes) > _LAST_ALONE:
+        if not nodes or len(nodes) > _MOST_NODES:
             return None
         ctx = self._context()
         self.runs += 1

@@ -92,7 +92,8 @@ class Recovery:
             if not self._proves:
                 raise tried.error
             good, bad = self._search(step, model, ctx, tried)
-            nodes = _touched(good, bad)
+            assert bad.error is not None
+            nodes = touched(bad.error, good.model, bad.model)  # by the names they have before the rewrite
             known = self._covered.setdefault(step.pass_name(), {})
             fresh = [n for n in nodes if n not in known]
             drops += 1
@@ -164,13 +165,7 @@ class _Trial:
     error: Exception | None = None
 
 
-def _touched(good: _Trial, bad: _Trial) -> tuple[str, ...]:
-    """Names of the nodes that the failing rewrite touches, as they are called before it."""
-    assert bad.error is not None
-    return touched(bad.error, good.model, bad.model)
-
-
-def _reason(error: Exception | None) -> str:
+def _reason(error: Exception) -> str:
     """The first line of what went wrong."""
     text = str(error).splitlines()[0] if str(error) else ""
     return text if isinstance(error, GraphoptError) else f"{type(error).__name__}: {text}"

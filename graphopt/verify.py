@@ -185,6 +185,7 @@ class _Form:
     inputs: tuple[str, ...]
     outputs: int
     attributes: Mapping[str, int]  # name -> type, of those whose type is known
+    bodies: Mapping[str, tuple[int, int]]  # attribute -> inputs and results of the graph in it
 
     def against(self, schema: Any) -> str | None:
         """What is wrong with it under `schema`, if anything."""
@@ -208,18 +209,39 @@ class _Form:
             elif self.attributes[name] and self.attributes[name] != attribute.type.value:
                 wanted = onnx.AttributeProto.AttributeType.Name(attribute.type.value)
                 return f"has an attribute {name!r} of another type than {wanted}"
-        return None
+        return next(
+            (fault for name, body in self.bodies.items() if (fault := self.unfit(schema.since_version, name, *body))),
+            None,
+        )
+
+    def unfit(self, since: int, name: str, inputs: int, results: int) -> str | None:
+        """Why a body does not fit its node: it takes what the node does, and gives what the node does, a Loop's a condition more."""
+        match self.domain, self.op:
+            case "", "If":
+                wanted = 0, self.outputs
+            case "", "Loop":
+                wanted = max(len(self.inputs), 2), self.outputs + 1
+            case "", "Scan" if since > 8:  # before, it also takes lengths
+                wanted = len(self.inputs), self.outputs
+            case _:
+                return None
+        if (inputs, results) == wanted:
+            return None
+        return f"has a body {name!r} of {inputs} inputs and {results} results in place of {wanted[0]} and {wanted[1]}"
 
 
 def _form_of(node: Node) -> _Form:
     types = {name: getattr(node, "attr_types", {}).get(name, 0) for name in node.attrs}
     outputs = len(node.outputs)
-    return _Form(node.op, domain_of(node.domain), node.name, tuple(t.name for t in node.inputs), outputs, types)
+    bodies = {k: (len(v.inputs), len(v.outputs)) for k, v in node.attrs.items() if isinstance(v, Graph)}
+    return _Form(node.op, domain_of(node.domain), node.name, tuple(t.name for t in node.inputs), outputs, types, bodies)
 
 
 def _form_of_proto(node: onnx.NodeProto) -> _Form:
     types = {a.name: a.type for a in node.attribute}
-    return _Form(node.op_type, domain_of(node.domain), node.name, tuple(node.input), len(node.output), types)
+    graphs = [a for a in node.attribute if a.type == onnx.AttributeProto.GRAPH and not a.ref_attr_name]
+    bodies = {a.name: (len(a.g.input), len(a.g.output)) for a in graphs}
+    return _Form(node.op_type, domain_of(node.domain), node.name, tuple(node.input), len(node.output), types, bodies)
 
 
 def _forms(forms: Iterable[_Form], opsets: dict[str, int], functions: Collection[tuple[str, str]]) -> None:

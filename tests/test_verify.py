@@ -267,6 +267,34 @@ def test_what_runtimes_may_accept_passes(change):
     verify.operators(bent(change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.output.pop(), "'then_branch' of 0 inputs and 0 results in place of 0 and 1"),
+        (
+            lambda g: g.input.append(helper.make_tensor_value_info("i", 1, [2])),
+            "of 1 inputs and 1 results in place of 0",
+        ),
+    ],
+)
+def test_a_body_that_does_not_fit_its_node_is_refused(change, message):
+    proto = ir.parse(IF).to_proto()
+    change(proto.graph.node[1].attribute[0].g)
+    with pytest.raises(InvalidModel, match=message):
+        verify.operators(ir.from_proto(proto))
+
+
+def test_bodies_of_loops_take_and_give_what_the_loop_does():
+    text = """g (int64 n, float[2] x) => (float[2] y, float[k,2] s) {
+        y, s = Loop (n, , x) <body = b (int64 i, bool c, float[2] v) => (bool d, float[2] w, float[2] t)
+        { d = Identity (c) w = Neg (v) t = Abs (v) }> }"""
+    verify.operators(ir.parse(text))
+    proto = ir.parse(text).to_proto()
+    proto.graph.node[0].attribute[0].g.output.pop()
+    with pytest.raises(InvalidModel, match="'body' of 3 inputs and 2 results in place of 3 and 3"):
+        verify.operators(ir.from_proto(proto))
+
+
 def test_a_function_is_held_to_schemas_too():
     text = '<domain: "local", opset_import: ["" : 21]> f (a) => (b) { b = Relu (a, a) }'
     with pytest.raises(InvalidModel, match=r"\(Relu\) has 2 operands, the operator takes at most 1"):

@@ -178,7 +178,8 @@ class Mutator:
         if self.rng.random() < 0.5:
             source = onnx.ModelProto.FromString(self.rng.choice(self.seeds))
         found = [m for m in _messages(source) if type(m) is kind]
-        return self.rng.choice(found) if found else None
+        # a copy: protobuf crashes where a message is copied into one that holds it
+        return kind.FromString(self.rng.choice(found).SerializeToString()) if found else None
 
     def scalar(self, descriptor: Any, old: Any, root: Message) -> Any:
         """Another value of a field of one value: a name from the model, an absurd number, or nearly the old one."""

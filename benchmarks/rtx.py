@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from benchmarks.graphs import catalogue, graphs_folder, make, matches
+from benchmarks.graphs import Sample, catalogue, graphs_folder, make, matches
 from benchmarks.harness import Column, JsonFile, MarkdownFile, Table, publish, script
-from graphopt import models
+from graphopt import ir, models
 
 WAYS: Final = {"original": "", "O3": "default", "original half": "cast-float", "O3 half": "default,cast-float"}
 DEFAULT: Final = "light_densenet121,mat_densenet121,mat_resnet50,encoder_*,vit_*,mbv_*,unet_*,digits *"
@@ -29,20 +30,21 @@ BUILD: Final = """
 import json, sys, tempfile
 from pathlib import Path
 from graphopt import ir
-from graphopt.backend import BuildOptions
+from graphopt.backend import BuildOptions, ShapeRange
 from graphopt.discovery import backend_for
 from graphopt.evaluate import evaluate_node
 from graphopt.pass_base import Context
 from graphopt.pipeline import Pipeline
 from graphopt.target import Target
 
-path, text, wanted = sys.argv[1:]
+path, text, wanted, ranges = sys.argv[1:]
 target = Target.parse(wanted)
 model = ir.load(path)
+options = BuildOptions(shapes=dict(ShapeRange.parse(r) for r in json.loads(ranges)))
 result = Pipeline.parse(text).run(model, Context(target=target, evaluate=evaluate_node))
 _, backend = backend_for(target.runtime)
 with tempfile.TemporaryDirectory() as folder:
-    artifact = backend.emit(result.model, target, Path(folder), BuildOptions())
+    artifact = backend.emit(result.model, target, Path(folder), options)
 half = sum(any(t in ("Half", "BFloat16") for t in (*k.inputs, *k.constants, *k.outputs)) for k in artifact.kernels)
 print(json.dumps({
     "nodes": sum(1 for _ in result.model.nodes()),
@@ -55,9 +57,22 @@ print(json.dumps({
 """
 
 
-def build(path: Path, pipeline: str, target: str, timeout: float) -> dict[str, Any]:
+def ranges(path: Path, samples: Sequence[Sample]) -> list[str]:
+    """What ``--shape`` would say: from the smallest to the largest of the sizes that are compared elsewhere, the first for the middle."""
+    model = ir.load(path)
+    found = []
+    for spec in model.inputs:
+        if spec.shape is None or not any(isinstance(d, str) and d in s.dims for s in samples for d in spec.shape):
+            continue
+        sizes = [[s.dims.get(d, 2) if isinstance(d, str) else d for d in spec.shape] for s in samples]
+        texts = ["x".join(map(str, side)) for side in (map(min, *sizes), sizes[0], map(max, *sizes))]
+        found.append(f"{spec.name}={':'.join(texts)}")
+    return found
+
+
+def build(path: Path, pipeline: str, target: str, shapes: Sequence[str], timeout: float) -> dict[str, Any]:
     """One engine, in a process of its own; ``note`` says why there is none."""
-    command = [sys.executable, "-c", BUILD, str(path), pipeline, target]
+    command = [sys.executable, "-c", BUILD, str(path), pipeline, target, json.dumps(shapes)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
@@ -102,7 +117,8 @@ def main(
         builds: dict[str, list[dict[str, Any]]] = {way: [] for way in ways.split(",")}
         for _ in range(rounds):
             for way, found in builds.items():
-                found.append(build(path, WAYS[way], target, timeout))
+                shapes = ranges(path, files[name].samples) if name in files else []
+                found.append(build(path, WAYS[way], target, shapes, timeout))
         for way, found in builds.items():
             best = min(found, key=lambda one: float(one.get("seconds", float("inf"))))
             table.add(graph=name, way=way, **{key: value for key, value in best.items() if key != "names"})

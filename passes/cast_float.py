@@ -9,6 +9,9 @@ type, and a Cast stands where it ends. Which operators may compute in half follo
 2. what half has no digits for: exponentials, norms and long sums (kept in float32 inside fused kernels, so that the casts cost nothing there), numbers
    made from integers alone, values that a Loop or Scan carries around;
 3. inputs and outputs of the model, unless ``io=convert``.
+
+ONNX Runtime's CPU has no kernels for half types, and its rewriting of float16 chains has crashed: for it the weights alone become half, and
+the arithmetic stays float32.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ _MASKED: Final = {
 }  # from which operand on they take masks
 _CODING: Final = frozenset({"QuantizeLinear", "DequantizeLinear"})  # whose scales stay float32
 _OPSET: Final = 13  # for a model that has no operator of the default domain yet, and for Cast
+_WORTH: Final = 1024  # bytes of a weight from which storing it in half pays for a Cast
 _FEW: Final = 16  # elements of a constant each of which matters: an epsilon, a temperature
 _FAR: Final = 4  # a mask stands this much within the range, for the scores, and one more mask, to be added to it
 
@@ -108,11 +112,6 @@ class CastFloat(Pass):
     def run(self, model: Model, ctx: Context) -> int:
         """Plan, cast; returns the number of nodes that compute in half, and of inputs and outputs that have it."""
         self._check(model, ctx)
-        target = ctx.target
-        on_cpu = target is not None and target.runtime == "ort" and target.device.partition("-")[0] in ("", "cpu")
-        if on_cpu and self.dtype == "bfloat16":
-            ctx.remark(None, "ONNX Runtime's CPU has no bfloat16 kernels: this one stays float32")
-            return 0
         return _Run(self, model, ctx).run()
 
     def _check(self, model: Model, ctx: Context) -> None:
@@ -145,6 +144,8 @@ class _Run:
         self.limits = ml_dtypes.finfo(self.half)
         self.largest, self.normal = float(self.limits.max), float(self.limits.smallest_normal)
         self.least = 13 if options.dtype == "bfloat16" else 6  # opset whose Cast gives the type
+        target = ctx.target
+        self.cpu = target is not None and target.runtime == "ort" and target.device.partition("-")[0] in ("", "cpu")
         self.casts = 0
         self.rounded: dict[tuple[int, float | None], Constant] = {}
         self.extents: dict[int, _Extent] = {}
@@ -187,11 +188,45 @@ class _Run:
                 self.ctx.remark(unit.node, f"stays float32: {unit.reason}")
         border = [t for t in (*self.model.graph.inputs, *self.model.graph.outputs) if units.is_float(t)]
         converted += len(border) if demands.convert_borders else 0
-        if not converted:
-            return 0
-        self._write()
-        self._tell(converted, left)
-        return converted
+        if converted:
+            self._write()
+        stored = self._store() if self.cpu else 0
+        if converted and not self.cpu:
+            self._tell(converted, left)
+        self._tell_lost()
+        return converted + stored
+
+    def _store(self) -> int:
+        """Weights in half, each with a Cast that the runtime computes when it loads the model: half the bytes, the arithmetic as it is."""
+        edit = Editor(self.model)
+        stored = 0
+        for tensor in self.model.constants():
+            readers = {id(n): n for n in tensor.outputs if n.op not in _CODING}
+            if tensor.dtype != FLOAT or tensor.nbytes < _WORTH or not readers or not edit.is_fixed(tensor):
+                continue
+            if self._extent(tensor).largest > self.largest:
+                self.ctx.remark(tensor, f"stays float32: it holds {self._extent(tensor).largest:.3g}")
+                continue
+            if any(edit.graph_of(n) is not self.model.graph for n in readers.values()) or edit.is_output(tensor):
+                continue
+            if not self.ctx.admit():
+                break
+            wide = edit.variable(f"{tensor.name}_float32")
+            wide.dtype, wide.shape = FLOAT, tuple(tensor.shape)
+            cast = Node("Cast", f"{tensor.name}_to_float32", {"to": onnx_dtype(FLOAT)}, [self._round(tensor)], [wide])
+            edit.insert_before(self.model.graph.nodes[0], cast)
+            for reader in readers.values():
+                for index, operand in enumerate(reader.inputs):
+                    if operand is tensor:
+                        reader.inputs[index] = wide
+            stored += 1
+        edit.commit()
+        if stored:
+            self.ctx.remark(
+                None,
+                f"ONNX Runtime's CPU has no {self.half} kernels: {stored} weights in {self.half}, arithmetic in float32",
+            )
+        return stored
 
     def _raise_opset(self) -> list[str]:
         """To what frees the scales of Q/DQ, or admits bfloat16 to convolutions and pools; returns what to say of it."""
@@ -213,6 +248,8 @@ class _Run:
 
     def _keeps(self, node: Node) -> str | None:
         """Why `node` stays float32; "" where that needs no saying."""
+        if self.cpu:
+            return ""  # its kernels know no half
         if _selects(self.options.keep, node):
             return ""
         if node.op in _SENSITIVE or (node.op == "Attention" and len(node.outputs) > 3 and node.outputs[3].name):
@@ -419,6 +456,8 @@ class _Run:
 
     def _tell(self, converted: int, left: int) -> None:
         self.ctx.remark(None, f"{converted} nodes in {self.half}, {left} stay float32, {self.casts} casts between them")
+
+    def _tell_lost(self) -> None:
         if self.lost:
             flushed, poor = sum(e.flushed for e in self.lost), sum(e.subnormal for e in self.lost)
             self.ctx.remark(

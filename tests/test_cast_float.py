@@ -223,12 +223,13 @@ LARGE = """g (float[1,4] x) => (float[1,4] y) <float[4,4] w = {300,0,0,0, 0,300,
     y = MatMul (d, w) }"""
 
 
-def test_without_data_an_overflow_is_an_error_that_names_the_remedy(tmp_path: Path) -> None:
-    feeds = {"x": np.ones((1, 4), np.float32)}  # 300 * 300 is beyond 65504, then tanh of it would hide an infinity
-    model = ir.parse(LARGE.replace("d = Tanh (c)", "d = Neg (c)"))
+def test_without_data_an_overflow_is_an_error_that_names_the_remedy() -> None:
+    model = ir.parse(LARGE.replace("d = Tanh (c)", "d = Neg (c)"))  # tanh of an infinity is a number
+    result = run("cast-float", model)
+    feeds = [{"x": np.ones((1, 4), np.float32)}]  # 300 * 300 is beyond 65504
+    report = equivalence.compare(model, result.model, feeds=feeds, allowed=bound("cast-float", model, result))
     with pytest.raises(NotEquivalent, match="overflows float16: give --data"):
-        graphopt.build(model, tmp_path / "out", ["ort"], "cast-float", feeds=feeds)
-    assert not (tmp_path / "out").exists()
+        report.require("it")
 
 
 def test_what_data_drives_out_of_range_stays_float32() -> None:
@@ -276,6 +277,8 @@ def test_the_proof_of_a_half_model_has_a_bound(tmp_path: Path) -> None:
     graphopt.build(models.path("resnet.legacy"), tmp_path / "out", ["ort"], "default,cast-float")
     proof = manifest(tmp_path / "out")["variants"][0]["proof"]
     assert 0 < proof["relative"] < proof["tolerance"] < 0.05
+    written = ir.load(tmp_path / "out" / "ort-cpu.onnx")
+    assert {n.op for n in written.nodes() if any(t.dtype == np.float16 for t in n.inputs)} == {"Cast"}
     session = graphopt.open(tmp_path / "out")
     x = models.digits()["x_test"][:4]
     (y,) = session.run({session.inputs[0].name: x}).values()
@@ -305,7 +308,7 @@ def test_engines_have_half_kernels(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_bfloat16_reaches_the_engine_and_the_cpu_keeps_float32(tmp_path: Path) -> None:
+def test_bfloat16_reaches_the_engine_and_the_cpu_computes_in_float32(tmp_path: Path) -> None:
     text = "default,cast-float{dtype=bfloat16}"
     targets = ["tensorrt-rtx:sm89", "ort:cpu"]
     graphopt.build(models.path("resnet.dynamo"), tmp_path / "out", targets, text)
@@ -313,7 +316,8 @@ def test_bfloat16_reaches_the_engine_and_the_cpu_keeps_float32(tmp_path: Path) -
     assert all("BFloat16" in str(k) or "BF16" in str(k) for k in engine["kernels"])
     assert engine["proof"]["evaluator"] == "onnxruntime"  # emulated, since no CPU kernel computes it
     assert 1e-3 < engine["proof"]["relative"] < engine["proof"]["tolerance"]
-    assert cpu["proof"]["relative"] < 1e-5
+    assert 1e-4 < cpu["proof"]["relative"] < cpu["proof"]["tolerance"]
+    assert cpu["weights"]["after"] < 0.6 * cpu["weights"]["before"]
 
 
 @needs_rtx

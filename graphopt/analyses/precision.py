@@ -193,6 +193,10 @@ class Units:
         places = {i for i, t in enumerate(node.inputs) if self.is_float(t)}
         results = [t for t in node.outputs if self.is_float(t)]
         contrib = node.domain == "com.microsoft" and node.op in _CONTRIB
+        if any(
+            f.carried.name == node.op and (f.carried.domain or "") == (node.domain or "") for f in self.model.functions
+        ):
+            return *nothing, "calls a function of the model: run inline-functions first"
         if not node.is_onnx and not contrib:
             return *nothing, f"the types that {node.domain}.{node.op} admits are not known"
         if any(t.name and self.dtype(t) is None for t in (*node.inputs, *node.outputs)):

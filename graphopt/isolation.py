@@ -30,6 +30,7 @@ from graphopt.errors import UserError
 _NATIVE: Final = ("onnxruntime", "tensorrt", "tensorrt_rtx", "torch", "pycuda")
 _PAGE: Final = 4096  # bytes of the board: a counter of eight, then the name of the step
 _GRACE: Final = 3.0  # seconds in which an interrupted child may clean up by itself
+_LOADING: Final = 60.0  # seconds that importing may take on a busy machine, whatever the limit of a step
 _TICK: Final = 0.5  # seconds between two looks at a silent child
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
@@ -243,7 +244,9 @@ class _Watch:
             now, _ = self.board.read()
             if now != count:
                 count, since = now, time.monotonic()
-            elif self.limits.silence is not None and time.monotonic() - since > self.limits.silence:
+            elif self.limits.silence is not None and time.monotonic() - since > max(
+                self.limits.silence, 0 if count else _LOADING
+            ):
                 self.kill()
                 return True
         return False

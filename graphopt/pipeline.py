@@ -24,7 +24,7 @@ from typing import Any, Final, Literal, NoReturn, Protocol, TypeVar
 from graphopt import isolation, verify
 from graphopt.discovery import find_pass, nearest, pass_modules
 from graphopt.edit import cleanup, name_nodes
-from graphopt.errors import GraphoptError, PassError, PipelineSyntaxError, UnknownPass
+from graphopt.errors import GraphoptError, InvalidModel, PassError, PipelineSyntaxError, UnknownPass
 from graphopt.garbage import patient_collector
 from graphopt.ir import Model, fresh_names
 from graphopt.pass_base import Context, Exactness, Pass, Remark
@@ -186,7 +186,7 @@ class Pipeline:
         Raises:
             PassError: a pass raised, or its count contradicts what it did.
             VerifyError: the verifier found the graph broken.
-            InvalidModel: `model` has a cycle.
+            InvalidModel: `model` has a cycle, or is one that onnx.checker refuses and a pass tripped over.
         """
         if ctx is None:
             from graphopt.evaluate import evaluate_node, seconds
@@ -196,7 +196,30 @@ class Pipeline:
             from graphopt.instruments import Verify
 
             instruments = (Verify(),)
-        return _Run(model.clone(), ctx, instruments, recovery).pipeline(self, done, after_step)
+        try:
+            return _Run(model.clone(), ctx, instruments, recovery).pipeline(self, done, after_step)
+        except PassError as error:
+            if isinstance(error.__cause__, _TRIPPED):
+                _blame(model, error)
+            raise
+
+
+# What a pass raises that trips over a model which contradicts itself: shapes that do not fit operands, axes that are not there.
+_TRIPPED: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _blame(model: Model, error: PassError) -> None:
+    """Say that the model is at fault where a pass failed on one that onnx.checker refuses.
+
+    Raises:
+        InvalidModel: it does; passes may rely on what the checker holds.
+    """
+    if any(node.domain not in (None, "", "ai.onnx") for node in model.nodes()):
+        return  # the checker knows only the standard's operators
+    try:
+        verify.full(model)
+    except InvalidModel as invalid:
+        raise InvalidModel(f"the model contradicts itself, and a pass tripped over it: {invalid}") from error
 
 
 def _flatten(steps: Iterable[Step]) -> Iterable[Pass]:
@@ -349,7 +372,7 @@ class _Run:
         except Exception as error:
             for instrument in self.instruments:
                 instrument.pass_failed(step, self.model, self.ctx, error)
-            if isinstance(error, GraphoptError):
+            if isinstance(error, GraphoptError | MemoryError):
                 raise
             after = ",".join(r.pass_name for r in self.reports) or "none"
             told = PassError(f"{name} failed ({type(error).__name__}: {error}); passes before it: {after}")

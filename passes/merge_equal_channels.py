@@ -146,7 +146,7 @@ def _fill(node: Node, edit: Editor) -> Array | None:
         return None
     shape = tuple(int(d) for d in np.asarray(node.inputs[0].values).reshape(-1))
     value = np.asarray(node.attrs["value"].values if "value" in node.attrs else np.float32(0))
-    if not shape or min(shape) < 1 or value.dtype.kind not in "fV":
+    if not shape or min(shape) < 1 or value.dtype.kind not in "fV" or value.size != 1:
         return None
     return np.broadcast_to(value.reshape(()), shape)
 

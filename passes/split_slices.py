@@ -86,6 +86,8 @@ def _cut(node: Node, shapes: Shapes) -> tuple[int, int, int] | None:
         steps = (lists[3] if len(lists) > 3 else []) or [1]
     if len(starts) != 1 or steps != [1]:
         return None
+    if not shape:  # a scalar, which cannot be sliced
+        return None
     axis = int(axes[0]) % len(shape)
     size = shape[axis]
     if not isinstance(size, int):

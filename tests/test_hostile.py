@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from graphopt import Context, Pipeline, cli, ir, verify
 from graphopt.analyses import symbolic
 from graphopt.commands.terminal import HarmlessFormatter, _Terminal, harmless
 from graphopt.equivalence import generate_inputs
-from graphopt.errors import InvalidModel, UnsupportedModel, UserError, closest
+from graphopt.errors import InvalidModel, PassError, UnsupportedModel, UserError, closest
 from graphopt.evaluate import evaluate_node
 from graphopt.instruments import Reproducer
+from graphopt.pass_base import Pass
 from graphopt.wire import map_beside
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,6 +215,40 @@ def test_inputs_that_no_machine_holds_are_not_generated(shape):
     loaded = ir.from_proto(model([node("Relu", ["x"], ["y"])], inputs=[value("x", shape)], outputs=[value("y", shape)]))
     with pytest.raises(UnsupportedModel, match="is too large to generate; give a sample with --data"):
         generate_inputs(loaded.inputs)
+
+
+@dataclass(frozen=True)
+class Trips(Pass):
+    """A pass that takes an axis for granted."""
+
+    def run(self, model, ctx):
+        return [0][1]
+
+
+@pytest.mark.parametrize(
+    ("declared", "error"), [((3,), InvalidModel), ((2,), PassError)], ids=["a contradiction", "a sound model"]
+)
+def test_a_pass_that_trips_over_a_model_blames_it_only_where_the_checker_does(declared, error):
+    proto = model([node("Add", ["x", "x"], ["y"])], outputs=[value("y", declared)])
+    with pytest.raises(error, match="the model contradicts itself" if error is InvalidModel else "failed .IndexError"):
+        Pipeline((Trips(),)).run(ir.from_proto(proto))
+
+
+def test_what_is_no_group_and_no_axis_is_left_to_the_checker():
+    """Found by fuzzing: a Slice of a scalar, a fill of three numbers, more groups than channels."""
+    scalar = model([node("Slice", ["x", "b", "e"], ["y"])], [ints("b", 0), ints("e", 1)], [value("x", ())])
+    assert optimized(scalar, "split-slices").rewrites == 0
+    three = numpy_helper.from_array(np.ones(3, np.float32))
+    fill = model([node("ConstantOfShape", ["s"], ["c"], value=three), node("Add", ["x", "c"], ["y"])], [ints("s", 2)])
+    assert optimized(fill, "merge-equal-channels").rewrites == 0
+    weight = numpy_helper.from_array(np.ones((4, 1, 1, 1), np.float32), "w")
+    grouped = model(
+        [node("Conv", ["x", "w"], ["c"], group=1 << 31), node("Relu", ["c"], ["y"])],
+        [weight],
+        [value("x", (1, 4, 2, 2))],
+        [value("y", (1, 4, 2, 2))],
+    )
+    assert optimized(grouped, "merge-equal-channels").rewrites == 0
 
 
 # ----------------------------------------------------------------------------------------------------- expressions

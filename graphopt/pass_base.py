@@ -18,6 +18,7 @@ from graphopt.target import Target
 
 Analysis = TypeVar("Analysis")
 CONTRIB: Final = ("ort:cpu", "ort:cuda")  # targets that run com.microsoft operators themselves
+TENSORRT: Final = ("tensorrt", "tensorrt-rtx")
 
 
 class Exactness(enum.Enum):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from graphopt.analyses.idioms import Activation, gated, gelu
+from graphopt.analyses.idioms import Activation, gated, gelu, widened
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -49,7 +49,7 @@ class FuseGelu(Pass):
             found = gelu(node, edit) or gated(node, edit)
             if found is None or found.kind not in ("erf", "tanh", "sigmoid"):
                 continue
-            op = _operator(found, model.opset, contrib, shapes.dtype(found.x))
+            op = widened(found, shapes) or _operator(found, model.opset, contrib, shapes.dtype(found.x))
             if isinstance(op, str):
                 ctx.remark(node, f"no Gelu: {op}")
                 continue

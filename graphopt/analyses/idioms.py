@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.views import Array, scalar
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -61,6 +62,15 @@ def members(model: Model, edit: Editor) -> set[int]:
 def close(a: float | None, b: float) -> bool:
     """Whether two constants are meant to be the same."""
     return a is not None and abs(a - b) <= _CLOSE * abs(b)
+
+
+def widened(found: Activation, shapes: Shapes) -> str | None:
+    """Why the result may have more dimensions than x, by constants such as ``[[6]]``; None where it has as many."""
+    widest = max((len(t.shape or ()) for n in found.nodes for t in n.inputs if isinstance(t, gs.Constant)), default=0)
+    rank = shapes.rank(found.x)
+    if widest and (rank is None or rank < widest):
+        return f"a constant of {widest} dimensions may add some to {found.x.name!r}"
+    return None
 
 
 def closed(nodes: Sequence[Node], result: gs.Tensor, edit: Editor) -> bool:
@@ -246,7 +256,9 @@ def gelu(node: Node, edit: Editor) -> Activation | None:
 
 
 def gated(node: Node, edit: Editor) -> Activation | None:
-    """``x * f(x)``: with f a Sigmoid of alpha * x, the Tanh of a Softplus, or a HardSigmoid of slope 1/6."""
+    """``x * f(x)``: with f a Sigmoid of alpha * x, the Tanh of a Softplus, or a HardSigmoid of slope 1/6, which may be written as a Clip."""
+    if _is(node, "Clip"):
+        return _hard_swish(node, edit)
     if not _is(node, "Sigmoid", "Tanh", "HardSigmoid"):
         return None
     for x, result, nodes in _times(node.outputs[0], 1.0, edit):
@@ -272,6 +284,30 @@ def gated(node: Node, edit: Editor) -> Activation | None:
         if closed(found.nodes, result, edit):
             return found
     return None
+
+
+def _hard_swish(clip: Node, edit: Editor) -> Activation | None:
+    """``x * clip(a * x + a * 3, 0, a * 6) / (a * 6)``, for any a: exporters write a = 1, and a = 1/6 where they round early."""
+    low, high = (_bound(clip, place, name, edit) for place, name in ((1, "min"), (2, "max")))
+    if low != 0 or high is None or high <= 0:
+        return None
+    for x, result, nodes in _times(clip.outputs[0], 1 / high, edit):
+        inner: list[Node] = []
+        terms = _polynomial(clip.inputs[0], x, edit, inner)
+        if terms is None or terms.keys() != {0, 1}:
+            continue
+        every = tuple({id(n): n for n in (*inner, clip, *nodes)}.values())
+        if close(terms[1], high / 6) and close(terms[0], high / 2) and closed(every, result, edit):
+            return Activation("hardswish", x, result, every)
+    return None
+
+
+def _bound(clip: Node, place: int, name: str, edit: Editor) -> float | None:
+    """A bound of a Clip, operand or, before opset 11, attribute; None where there is none or it is not fixed."""
+    if len(clip.inputs) > place and clip.inputs[place].name:
+        return scalar(clip.inputs[place], edit)
+    value = clip.attrs.get(name)
+    return None if value is None else float(value)
 
 
 def _times(tensor: gs.Tensor, number: float, edit: Editor) -> Iterator[tuple[gs.Tensor, gs.Tensor, list[Node]]]:

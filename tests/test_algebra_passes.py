@@ -8,10 +8,11 @@ from graphs import CASES, Case, cases
 from test_merge_passes import check, optimized, same_numbers
 
 from graphopt import equivalence, ir
-from graphopt.pass_base import Exactness
+from graphopt.pass_base import Context, Exactness
+from graphopt.pipeline import Pipeline
 
 COMPUTING = ["fuse-conv-bias", "fuse-conv-scale", "fuse-pad", "fuse-matmul-add", "fuse-gemm-transpose", "fuse-gemm-bn"]
-COMPUTING += ["fuse-matmul-scale", "merge-matmul-scales", "simplify-arithmetic", "fuse-min-max"]
+COMPUTING += ["fuse-matmul-scale", "merge-matmul-scales", "simplify-arithmetic", "fuse-min-max", "fuse-conv-branches"]
 
 
 @pytest.mark.parametrize("case", [c for name in COMPUTING for c in cases(CASES / f"{name}.txt")], ids=str)
@@ -59,3 +60,30 @@ def test_affine_chains_around_convolutions_of_every_group(op: str, group: int) -
     assert [n.op for n in result.model.nodes()] == [op]
     allowed = equivalence.tolerance(Exactness.REASSOCIATING, result.rewrites, ["float32"])
     same_numbers(model, result.model, allowed, special=False)
+
+
+REPVGG = """
+g (float[1,2,5,5] x) => (float[1,2,5,5] y)
+<float[2,2,3,3] w = {ONES}, float[2,2,1,1] v = {1, 2, 3, 4}, float[2] s = {1, 2}, float[2] t = {3, 4}>
+{ a = Conv <pads = [1, 1, 1, 1]> (x, w)
+  n = BatchNormalization (a, s, t, t, s)
+  b = Conv (x, v)
+  m = BatchNormalization (b, s, t, t, s)
+  i = BatchNormalization (x, s, s, t, t)
+  p = Add (n, m)
+  q = Add (p, i)
+  y = Relu (q) }
+""".replace("ONES", ", ".join(map(str, range(36))))
+
+
+@pytest.mark.parametrize("preset", ["O2", "O3", "O3,quantize-weights"])
+def test_a_repvgg_block_is_one_convolution(preset: str) -> None:
+    found = optimized(preset, ir.parse(REPVGG)).model
+    assert [n.op for n in found.nodes() if n.op != "DequantizeLinear"] == ["Conv", "Relu"]
+
+
+def test_the_identity_stays_out_of_a_lone_kernel_that_is_quantized_later() -> None:
+    text = "g (float[1,1,4] x) => (float[1,1,4] y) <float[1,1,1] w = {0.01}> { a = Conv (x, w)  y = Add (a, x) }"
+    kept = Pipeline.parse("O3").run(ir.parse(text), Context(products_stay=True))
+    assert [n.op for n in kept.model.nodes()] == ["Conv", "Add"]
+    assert [n.op for n in Pipeline.parse("O3").run(ir.parse(text)).model.nodes()] == ["Conv"]

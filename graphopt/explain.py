@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import onnx_graphsurgeon as gs
+
+from graphopt.analyses.shapes import Shapes
 from graphopt.discovery import find_pass, nearest, pass_modules
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
@@ -13,7 +16,6 @@ from graphopt.instruments import _Silent
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass
 from graphopt.pipeline import Pipeline
-from graphopt.rewrite import Op, RewritePass, find
 from graphopt.target import Target
 
 
@@ -32,6 +34,7 @@ class Explanation:
     node: str  # its name in the loaded model
     op: str
     fate: str  # where it went, or that it stayed
+    facts: tuple[str, ...]  # what stands for it in the result, with types and shapes
     findings: tuple[Finding, ...]
 
 
@@ -78,14 +81,47 @@ def explain(model: Model, name: str, pipeline: Pipeline, target: Target | None =
     standing = [n for n in result.model.nodes() if origin in n.origin]
     names = {node.name, origin, *(n.name for n in standing)}
     findings = [Finding(r.pass_name, r.text) for r in result.remarks if any(r.node.startswith(repr(n)) for n in names)]
-    edit = Editor(result.model)
-    for pass_name in pass_modules():
-        kind = find_pass(pass_name)
-        if issubclass(kind, RewritePass):
-            for candidate in standing:
-                findings += [Finding(pass_name, text) for text in _nearest_miss(kind, candidate, edit)]
+    edit, shapes = Editor(result.model), Shapes(result.model)
+    kinds = {pass_name: find_pass(pass_name) for pass_name in pass_modules()}
+    asked = [
+        Finding(pass_name, text)
+        for pass_name, kind in kinds.items()
+        for candidate in standing
+        if (text := kind.objection(candidate, edit, shapes)) is not None
+    ]
+    said = {f.pass_name for f in findings}
+    findings += [f for f in asked if f.pass_name not in said]
+    around = {n.name: n for s in standing for n in _neighbours(s, edit) if n.name and n.name not in names}
+    findings += [
+        Finding(r.pass_name, f"of its neighbour {r.node}: {r.text}")
+        for r in result.remarks
+        if any(r.node.startswith(repr(name)) for name in around)
+    ]
+    facts = tuple(_facts(candidate, shapes) for candidate in standing)
     fate = "; ".join(watch.events) or "nothing changed it"
-    return Explanation(origin, node.op, fate, tuple(dict.fromkeys(findings)))
+    return Explanation(origin, node.op, fate, facts, tuple(dict.fromkeys(findings)))
+
+
+def _neighbours(node: Node, edit: Editor) -> Iterator[Node]:
+    """What computes its operands and what reads its results."""
+    for tensor in node.inputs:
+        producer = edit.producer(tensor)
+        if producer is not None:
+            yield producer
+    for tensor in node.outputs:
+        yield from tensor.outputs
+
+
+def _facts(node: Node, shapes: Shapes) -> str:
+    """The node with the types and shapes of what it reads and computes."""
+    sides = [", ".join(_typed(t, shapes) for t in side if t.name) for side in (node.outputs, node.inputs)]
+    return f"{sides[0]} = {node.op} ({sides[1]})"
+
+
+def _typed(tensor: gs.Tensor, shapes: Shapes) -> str:
+    info = shapes.info(tensor)
+    dims = "[?]" if info.shape is None else f"[{','.join(map(str, info.shape))}]"
+    return f"{'?' if info.dtype is None else info.dtype.name}{dims} {tensor.name}"
 
 
 def _find(model: Model, name: str) -> Node:
@@ -94,34 +130,3 @@ def _find(model: Model, name: str) -> Node:
             return node
     known = [n.name for n in model.nodes() if n.name] + [t.name for n in model.nodes() for t in n.outputs]
     raise UsageError(f"the model has no node or computed tensor {name!r}{nearest(name, known)}")
-
-
-def _nearest_miss(kind: type[RewritePass], node: Node, edit: Editor) -> Iterator[str]:
-    """Why the pattern of `kind` does not match around `node`, where the node has an operator of the pattern."""
-    pattern = kind.pattern
-    if node.op in pattern.ops:
-        match, reason = find(pattern, node, edit)
-        if match is None:
-            yield (
-                reason or f"not after {' or '.join(_inner(pattern))}"
-                if _inner(pattern)
-                else "its operands look different"
-            )
-        return
-    for inner in _ops(pattern):
-        if node.op in inner.ops:
-            readers = sorted({n.op for t in node.outputs for n in t.outputs}) or ["nothing"]
-            if not set(readers) & set(pattern.ops):
-                yield f"would need {' or '.join(pattern.ops)} behind it, but {', '.join(readers)} reads it"
-            return
-
-
-def _inner(pattern: Op) -> list[str]:
-    return [name for operand in pattern.operands if isinstance(operand, Op) for name in operand.ops]
-
-
-def _ops(pattern: Op) -> Iterator[Op]:
-    for operand in pattern.operands:
-        if isinstance(operand, Op):
-            yield operand
-            yield from _ops(operand)

@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Final, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +15,10 @@ import onnx_graphsurgeon as gs
 from graphopt.data import Data
 from graphopt.ir import Model
 from graphopt.target import Target
+
+if TYPE_CHECKING:
+    from graphopt.analyses.shapes import Shapes
+    from graphopt.edit import Editor
 
 Analysis = TypeVar("Analysis")
 CONTRIB: Final = ("ort:cpu", "ort:cuda")  # targets that run com.microsoft operators themselves
@@ -137,6 +141,16 @@ class Pass:
     def run(self, model: Model, ctx: Context) -> int:
         """Rewrite `model` in place; returns the number of rewrites."""
         raise NotImplementedError(f"{type(self).__name__} does not implement run")
+
+    @classmethod
+    def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
+        """Why the pass does nothing to `node` in a model on which it has run, for `graphopt explain`; None: nothing to say.
+
+        A pass that knows more than the operators it looks for says more.
+        """
+        if cls.ops is None or node.op not in cls.ops:
+            return None
+        return f"looks at {node.op}, and found nothing to do. It is there to: {cls.summary()}"
 
     @classmethod
     def pass_name(cls) -> str:

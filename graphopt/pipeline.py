@@ -36,7 +36,7 @@ PRESETS: Final[dict[str, str]] = {
     "O1": "eliminate-identity,fold-constants,eliminate-dead",
     # Exact rewrites: exporter debris, shape arithmetic, no-ops, chains, transposes.
     "simplify": "inline-functions,eliminate-dead,fixpoint("
-    "lower-cast-like,inline-if,eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
+    "lower-cast-like,inline-if,unroll-loop{grow=false},eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
     "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,"
     "lower-sequences,fuse-slice-squeeze,split-slices,merge-reshapes,merge-slices,merge-concats,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
+from graphopt import verify
 from graphopt.analyses.macs import macs
+from graphopt.errors import GraphoptError
+from graphopt.evaluate import evaluate_node
 from graphopt.instruments import census
 from graphopt.ir import Model, TensorSpec
+from graphopt.pass_base import Context
+from graphopt.pipeline import Pipeline
+
+FOLDING: Final = (
+    "fixpoint(eliminate-identity,fold-constants,fold-shapes),eliminate-dead"  # no fusion, nothing that re-orders
+)
 
 
 def summary(model: Model) -> dict[str, Any]:
@@ -30,6 +39,27 @@ def summary(model: Model) -> dict[str, Any]:
         "dynamic_dims": list(dims),
         "inputs": [_spec(s) for s in model.inputs],
         "outputs": [_spec(s) for s in model.outputs],
+    }
+
+
+def folding(model: Model) -> dict[str, Any]:
+    """What does not depend on the inputs: the operators that constant folding leaves, and how many nodes of each it removes.
+
+    Shape arithmetic over known dimensions counts, and so do nodes that nothing reads. A model that cannot be folded has "error" with the reason
+    in place of the counts.
+    """
+    try:
+        verify.cycles(model)
+        result = Pipeline.parse(FOLDING).run(model, Context(evaluate=evaluate_node))
+    except GraphoptError as error:
+        return {"pipeline": FOLDING, "error": str(error).partition("\n")[0]}
+    before, after = census("", model).operators, census("", result.model)
+    removed = {op: count - after.operators.get(op, 0) for op, count in before.items()}
+    return {
+        "pipeline": FOLDING,
+        "nodes": after.nodes,
+        "removed": dict(sorted(((o, n) for o, n in removed.items() if n > 0), key=lambda item: (-item[1], item[0]))),
+        "weight_bytes": after.initializer_bytes,
     }
 
 

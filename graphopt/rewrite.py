@@ -21,7 +21,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -29,6 +29,9 @@ import onnx_graphsurgeon as gs
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass
+
+if TYPE_CHECKING:
+    from graphopt.analyses.shapes import Shapes
 
 _VISITS_PER_NODE: Final = 16  # a rule that revisits a node more often than this does not terminate
 
@@ -138,6 +141,26 @@ class RewritePass(Pass):
         """None when the match may be rewritten, else the reason why not."""
         return None
 
+    @classmethod
+    def objection(cls, node: Node, edit: Editor, shapes: Shapes) -> str | None:
+        """What differs from the pattern, or keeps it from matching, where `node` has an operator of it."""
+        if not node.is_onnx:
+            return None
+        if node.op in cls.pattern.ops:
+            match, reason = find(cls.pattern, node, edit)
+            if match is not None:
+                return None
+            return (
+                reason
+                or difference(cls.pattern, node, edit)
+                or "its operands are not the same tensor where the rule needs one"
+            )
+        if any(node.op in inner.ops for inner in _ops(cls.pattern)):
+            readers = sorted({n.op for t in node.outputs for n in t.outputs}) or ["nothing"]
+            if not set(readers) & {o for p in _ops(cls.pattern) for o in p.ops}:
+                return f"would need {' or '.join(cls.pattern.ops)} behind it, but {', '.join(readers)} reads it"
+        return None
+
     def rewrite(self, match: Match, edit: Editor) -> gs.Tensor:
         """Insert what replaces the match; returns the tensor that stands for the root's first output.
 
@@ -227,17 +250,61 @@ def find(
     return None, refusal
 
 
+def difference(pattern: Op, node: Node, edit: Editor) -> str | None:
+    """The first part of `pattern` that looks different where `node`, which has the operator of its root, stands; None: no part does.
+
+    Of the orders of commutative operands it is the one that gets furthest.
+    """
+    told: list[tuple[int, str]] = []
+    flippable = [o.name for o in _ops(pattern) if o.commutative]
+    for choice in itertools.product((False, True), repeat=len(flippable)):
+        seen: list[Node] = []
+        text = _difference(pattern, node, edit, frozenset(itertools.compress(flippable, choice)), seen)
+        if text is None:
+            return None
+        told.append((len(seen), text))
+    return max(told, key=lambda item: item[0])[1]
+
+
+def _difference(pattern: Op, node: Node, edit: Editor, swapped: frozenset[str], seen: list[Node]) -> str | None:
+    seen.append(node)
+    operands = _present(node)
+    if pattern.name in swapped and len(operands) == 2:
+        operands.reverse()
+    if len(operands) > len(pattern.operands):
+        return f"{_label(node)} has {len(operands)} operands, the rule knows {len(pattern.operands)}"
+    for index, wanted in enumerate(pattern.operands):
+        tensor: Any = operands[index] if index < len(operands) and operands[index].name else None
+        if isinstance(wanted, Op):
+            source = None if tensor is None else edit.producer(tensor)
+            if source is None or source.op not in wanted.ops or not source.is_onnx:
+                made = "nothing" if tensor is None else repr(tensor.name) if source is None else _label(source)
+                return f"{_label(node)} would have to read {' or '.join(wanted.ops)}, but reads {made}"
+            inner = _difference(wanted, source, edit, swapped, seen)
+            if inner is not None:
+                return inner
+        elif tensor is None and not wanted.optional:
+            return f"{_label(node)} has no operand {wanted.name}"
+    return None
+
+
+def _present(node: Node) -> list[gs.Tensor]:
+    """The operands without absent ones at the end."""
+    operands = list(node.inputs)
+    while operands and not operands[-1].name:
+        operands.pop()
+    return operands
+
+
 def _bind(pattern: Op, node: Node, match: Match, edit: Editor, swapped: frozenset[str]) -> str | None:
     """Bind `pattern` to `node`: None is success, "" a different graph, another text an objection worth telling."""
     if node.op not in pattern.ops or not node.is_onnx:
         return ""
     if match.nodes.setdefault(pattern.name, node) is not node:
         return ""
-    operands = list(node.inputs)
+    operands = _present(node)
     if pattern.name in swapped and len(operands) == 2:
         operands.reverse()
-    while operands and not operands[-1].name:
-        operands.pop()
     if len(operands) > len(pattern.operands):
         return ""
     objection: str | None = None

@@ -41,6 +41,12 @@ class EliminateNop(Pass):
           y = Exp (a) }
     """
 
+    @classmethod
+    def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
+        """What a node of its operator needs to change nothing."""
+        needed = _NEEDED.get(node.op)
+        return f"it would change nothing only if {needed}" if needed is not None and node.domain in (None, "", "ai.onnx") else None
+
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes removed."""
         shapes = ctx.analysis(Shapes, model)
@@ -180,4 +186,20 @@ _RULES: Final[dict[str, Rule]] = {
     "Pow": _neutral(1, right_only=True),
     "Sub": _neutral(0, right_only=True),
     "Add": _neutral(0, right_only=False, floats=False),
+}
+_SHAPE: Final = "its result surely had the shape of its first operand"
+_NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
+    **dict.fromkeys(("Reshape", "Expand", "Tile", "Flatten", "Squeeze", "Unsqueeze"), _SHAPE),
+    "Cast": "its operand surely had the type that it casts to",
+    "Transpose": "its perm were in order",
+    "Slice": f"{_SHAPE}, and all steps were known and 1",
+    "Pad": "its pads were known and 0",
+    **dict.fromkeys(("Concat", "Sum", "Max", "Min", "Mean"), "it had one operand"),
+    "Split": "it had one output",
+    "Dropout": "its training_mode were known and false, and nothing read its mask",
+    "Resize": "its scales were constant and 1, or its sizes surely those of its operand, by a coordinate map that keeps every element "
+    "in its place, and not cubic or antialiased",
+    **dict.fromkeys(("Mul", "Div", "Pow"), "one operand (the right one of Div and Pow) were constant and 1 and did not broadcast the other"),
+    "Sub": "the right operand were constant and 0 and did not broadcast the other",
+    "Add": "one operand were constant and 0, of integers: -0.0 + 0.0 is 0.0",
 }

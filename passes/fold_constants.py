@@ -12,7 +12,7 @@ import heapq
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import onnx
@@ -23,6 +23,9 @@ from graphopt.elements import stored_bytes
 from graphopt.errors import GraphoptError
 from graphopt.ir import Constant, Graph, Model, Node, Variable, numpy_dtype, subgraphs
 from graphopt.pass_base import Context, Pass
+
+if TYPE_CHECKING:
+    from graphopt.analyses.shapes import Shapes
 
 Array = np.ndarray[Any, Any]
 
@@ -54,6 +57,20 @@ class FoldConstants(Pass):
         1 << 20
     )  # bytes by which a pipeline may let the file grow over what it removes; none: any growth
     max_value: int = 1 << 31  # bytes of one value, not even with budget=none more than protobuf carries
+
+    @classmethod
+    def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
+        """The first operand that is not constant."""
+        for tensor in node.inputs:
+            if tensor.name and not edit.is_fixed(tensor):
+                source = edit.producer(tensor)
+                what = "a graph input" if source is None else f"the result of {source.name!r} ({source.op})"
+                if isinstance(tensor, Constant):
+                    what = "an initializer that callers may override (it is a graph input)"
+                elif source is None and not edit.is_input(tensor):
+                    what = "given by the graph around this body"
+                return f"{tensor.name!r} is not constant: it is {what}"
+        return None
 
     def run(self, model: Model, ctx: Context) -> int:
         """Fold graph by graph, outer before inner; returns the number of nodes folded."""

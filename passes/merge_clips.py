@@ -1,7 +1,7 @@
 """Clips compose: [c, d] followed by [a, b] is [clip(c; a, b), clip(d; a, b)], where c <= d and a <= b. Relu is [0, inf].
 
 A bound that Clip does not give is the largest, or lowest, finite number of the type, as the operator's definition says, so
-that infinities end there. NaN passes through each of them, and a zero that lies on a bound keeps its sign.
+that infinities end there. Likewise max(max(x, c), d) = max(x, max(c, d)), and min. NaN passes through each of them, and a zero that lies on a bound keeps its sign.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graphopt.pass_base import Context, Pass
 
 @dataclass(frozen=True)
 class MergeClips(Pass):
-    """Merge chains of Relu and Clip with constant bounds.
+    """Merge chains of Relu and Clip, of Max, and of Min, with constant bounds.
 
     Before:
         g (float[N] x) => (float[N] y)
@@ -37,7 +37,7 @@ class MergeClips(Pass):
           y = Exp (b) }
     """
 
-    ops: ClassVar[frozenset[str] | None] = frozenset({"Relu", "Clip"})
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Relu", "Clip", "Max", "Min"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of links removed."""
@@ -45,6 +45,21 @@ class MergeClips(Pass):
         edit = Editor(model)
         merged = 0
         for node in list(model.nodes()):
+            if node.op in ("Max", "Min"):
+                found = _extremes(node, edit) if model.opset >= 8 else None
+                if found is None:
+                    continue
+                if not ctx.admit():
+                    break
+                link, source, bound = found
+                result = node.outputs[0]
+                node.outputs.clear()
+                operands = [source, edit.constant(f"{result.name}_bound", bound)]
+                edit.insert_before(node, Node(node.op, node.name, {}, operands, [result]), origin=(link, node))
+                edit.erase(node)
+                edit.erase(link)
+                merged += 1
+                continue
             inner = edit.producer(node.inputs[0]) if _is_clip(node) else None
             if inner is None or not _is_clip(inner):
                 continue
@@ -78,6 +93,37 @@ class MergeClips(Pass):
             merged += 1
         edit.commit()
         return merged
+
+
+def _extremes(node: Node, edit: Editor) -> tuple[Node, gs.Tensor, np.ndarray[Any, Any]] | None:
+    """The Max that a Max of a constant reads alone, or Min, what that one reads, and the constant that stands for both."""
+    outer = _with_constant(node, edit)
+    inner = None if outer is None else edit.producer(outer[0])
+    if outer is None or inner is None or inner.op != node.op or edit.sole_consumer(outer[0]) is not node:
+        return None
+    found = _with_constant(inner, edit)
+    if found is None or edit.graph_of(inner) is not edit.graph_of(node):
+        return None
+    (source, first), second = found, outer[1]
+    if first.shape != second.shape and first.size != 1 != second.size:
+        return None  # the result may be larger than both
+    if max(first.ndim, second.ndim) != (first if first.size >= second.size else second).ndim:
+        return None
+    if first.dtype.kind not in "fiu" or bool((first != first).any()) or bool((second != second).any()):
+        return None
+    if first.dtype.kind == "f" and bool(((first == second) & (np.signbit(first) != np.signbit(second))).any()):
+        return None  # which zero it is depends on the order
+    return inner, source, np.asarray((np.maximum if node.op == "Max" else np.minimum)(first, second), first.dtype)
+
+
+def _with_constant(node: Node, edit: Editor) -> tuple[gs.Tensor, np.ndarray[Any, Any]] | None:
+    """The operand and the constant of an operator of two."""
+    if len(node.inputs) != 2 or not node.is_onnx:
+        return None
+    for operand, constant in (node.inputs, reversed(node.inputs)):
+        if edit.is_fixed(constant) and not edit.is_fixed(operand):
+            return operand, np.asarray(constant.values)
+    return None
 
 
 Bounds = tuple[float, float]

@@ -1,6 +1,8 @@
 """Boolean algebra that holds for every input.
 
 not not x = x                   where(not c, a, b) = where(c, b, a)         where(c, a, a) = a
+where(c, where(c, a, b), d) = where(c, a, d)    where(c, a, where(c, b, d)) = where(c, a, d)    where the result keeps its shape
+x and true = x or false = x     for a boolean x: (x == true) = x, (x == false) = not x
 not (a < b) = a >= b            for integers; a float may be NaN, of which every comparison is false
 cast(x) == 1 is x               for a boolean x; cast(x) == 0 is not x
 """
@@ -114,21 +116,30 @@ def _where(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
     negated = _made_by(condition, "Not", edit)
     if negated is not None:
         return "Where", [negated.inputs[0], b, a]
+    result = shapes.shape(node.outputs[0])
+    for index, branch in enumerate((a, b)):
+        nested = _made_by(branch, "Where", edit)
+        if nested is None or nested.inputs[0] is not condition or result is None:
+            continue
+        branches = [a, b]
+        branches[index] = nested.inputs[1 + index]
+        if any(shapes.shape(t) == result for t in (condition, *branches)):
+            return "Where", [condition, *branches]
     chosen: gs.Tensor | None = a if a is b else None
     if chosen is None and edit.is_fixed(condition) and condition.values.size:
         chosen = a if bool(condition.values.all()) else b if not condition.values.any() else None
     if chosen is None:
         return None
-    shape = shapes.shape(chosen)
-    return chosen if shape is not None and shape == shapes.shape(node.outputs[0]) else None
+    return chosen if result is not None and result == shapes.shape(chosen) else None
 
 
 def _equal(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
     for index in (0, 1):
-        cast, constant = _made_by(node.inputs[index], "Cast", edit), node.inputs[1 - index]
-        if cast is None or not edit.is_fixed(constant) or np.dtype(constant.dtype).kind not in "iuf":
+        constant = node.inputs[1 - index]
+        if not edit.is_fixed(constant) or np.dtype(constant.dtype).kind not in "iufb":
             continue
-        mask, values = cast.inputs[0], constant.values
+        cast = _made_by(node.inputs[index], "Cast", edit)
+        mask, values = node.inputs[index] if cast is None else cast.inputs[0], constant.values
         dtype, shape = shapes.dtype(mask), shapes.shape(mask)
         if (
             dtype is None
@@ -145,15 +156,21 @@ def _equal(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
     return None
 
 
-def _same_twice(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
-    found: Any = node.inputs[0]
-    return found if node.inputs[0] is node.inputs[1] else None
+def _and_or(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    if node.inputs[0] is node.inputs[1]:
+        return node.inputs[0]
+    neutral, result = node.op == "And", shapes.shape(node.outputs[0])
+    for index in (0, 1):
+        constant, mask = node.inputs[1 - index], node.inputs[index]
+        if edit.is_fixed(constant) and constant.values.size and bool((constant.values == neutral).all()):
+            return mask if result is not None and result == shapes.shape(mask) else None
+    return None
 
 
 _RULES: Final[dict[str, Rule]] = {
     "Not": _not,
     "Where": _where,
     "Equal": _equal,
-    "And": _same_twice,
-    "Or": _same_twice,
+    "And": _and_or,
+    "Or": _and_or,
 }

@@ -7,7 +7,7 @@ constantly true. If it is constantly false, there is one trip at most.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -44,8 +44,11 @@ class UnrollLoop(Pass):
           s = Concat <axis = 0> (ru, qu) }
     """
 
+    ops: ClassVar[frozenset[str] | None] = frozenset({"Loop"})
+
     max_trips: int = 8
     max_nodes: int = 256  # that one Loop may become
+    grow: bool = True  # whether there may be more nodes than before, those of the body counted
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep, outer before inner; returns the number of Loops unrolled."""
@@ -95,7 +98,10 @@ class UnrollLoop(Pass):
         if trips > self.max_trips:
             return f"makes {trips} trips, more than {self.max_trips}; allow it with unroll-loop{{max-trips={trips}}}"
         inside = list(walk(body))
-        nodes = trips * sum(len(g.nodes) for g in inside)
+        once = sum(len(g.nodes) for g in inside)
+        nodes = trips * once
+        if not self.grow and self._written_out(node, body, trips) > once + 1:
+            return f"{trips} trips would be more nodes than the Loop with its body is; allow it with unroll-loop"
         if nodes > self.max_nodes:
             return f"would become {nodes} nodes; allow it with unroll-loop{{max-nodes={nodes}}}"
         if any(n.op in _RANDOM for g in inside for n in g.nodes):
@@ -103,6 +109,12 @@ class UnrollLoop(Pass):
         if any(c is t for g in inside for c in g.initializers for t in g.inputs):
             return "its body has inputs with defaults"
         return trips
+
+    def _written_out(self, node: Node, body: Graph, trips: int) -> int:
+        """How many nodes stay, with those that stack what is scanned and without the copies that other passes take away."""
+        stay = sum(n.op not in ("Identity", "Constant") or not n.is_onnx for g in walk(body) for n in g.nodes)
+        scanned = sum(bool(t.name) for t in node.outputs[len(body.inputs) - 2 :]) if trips else 0
+        return trips * stay + scanned * (trips + (trips > 1))
 
     def _unroll(self, node: Node, trips: int, empty: list[Constant], model: Model, edit: Editor) -> None:
         body = node.attrs["body"]

@@ -71,3 +71,47 @@ def test_explain_names_the_pass_and_its_reason(capsys: pytest.CaptureFixture[str
 def test_inspect_counts_multiply_accumulates(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["inspect", str(models.path("resnet.legacy")), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["macs"].endswith("*batch")
+
+
+def test_inspect_tells_what_folding_removes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """g (float[N,3] x) => (float[N,3] y, int64[1] z) <float c = {2}, int64[1] one = {1}, int64[1] i = {1}>
+    { s = Shape (x) d = Gather (s, i) z = Mul (d, d)
+      e = Mul (c, c) f = Exp (e) y = Mul (x, f) dead = Neg (x) }"""
+    path = str(tmp_path / "m.onnx")
+    ir.save(ir.parse(text), path)
+    assert cli.run(["inspect", path, "--json"]) == 0
+    folding = json.loads(capsys.readouterr().out)["folding"]
+    assert folding["removed"] == {"Exp": 1, "Gather": 1, "Mul": 1, "Neg": 1, "Shape": 1}
+    assert folding["nodes"] == 2
+    assert cli.run(["inspect", path]) == 0
+    told = capsys.readouterr().out
+    assert "after folding" in told
+    assert "constant folding removes 5 of 7 nodes" in told
+    assert cli.run(["inspect", path, "--json", "--no-fold"]) == 0
+    assert "folding" not in json.loads(capsys.readouterr().out)
+
+
+def test_inspect_of_a_folded_model_says_so(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["inspect", model]) == 0
+    assert "nothing is left to fold" in capsys.readouterr().out
+
+
+def test_inspect_of_a_model_that_cannot_be_folded_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "m.onnx")
+    ir.save(ir.parse("g (float[2] x) => (float[2] y) { a = Add (x, b) b = Exp (a) y = Neg (b) }"), path)
+    assert cli.run(["inspect", path]) == 0
+    assert "folding was not possible" in capsys.readouterr().out
+
+
+def test_inspect_of_a_bundle_counts_what_each_pass_rewrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = str(tmp_path / "b")
+    assert cli.run(["build", str(models.path("resnet.legacy")), "-o", bundle, "-t", "ort:cpu"]) == 0
+    capsys.readouterr()
+    assert cli.run(["inspect", bundle]) == 0
+    told = capsys.readouterr().out
+    assert "rewrites for ort:cpu" in told
+    [variant] = json.loads((Path(bundle) / "manifest.json").read_text())["variants"]
+    wrote = {step["name"] for step in variant["passes"] if step["rewrites"]}
+    assert wrote
+    assert all(name in told for name in wrote)
+    assert not any(step["name"] in told for step in variant["passes"] if step["name"] not in wrote)

@@ -11,6 +11,7 @@ from graphopt.errors import ShapeError, UsageError
 from graphopt.evaluate import Evaluator
 from graphopt.explain import explain
 from graphopt.ir import Model
+from graphopt.passes import eliminate_nop
 from graphopt.pipeline import Pipeline
 
 CHAIN = """g (float[N,4] x, float[N,4] z) => (float[N,4] y)
@@ -130,6 +131,57 @@ def test_explain_tells_what_became_of_a_node() -> None:
     <float[1,1,1,1] w = {2}, float[1] s = {3}, float[1] b = {0}, float[1] m = {0}, float[1] v = {1}>
     { [conv] c = Conv (x, w) [bn] y = BatchNormalization (c, s, b, m, v) }""")
     assert "fuse-conv-bn" in explain(model, "bn", Pipeline.parse("fuse-conv-bn")).fate
+
+
+@pytest.mark.parametrize(
+    ("text", "pass_name", "told"),
+    [
+        (
+            "<float[4] s = {1, 1, 2, 2}> { a = Relu (x) [n] y = Resize (a, , s) }",
+            "eliminate-nop",
+            "scales were constant and 1",
+        ),
+        ("<float s = {1}> { a = Relu (x) [n] y = Add (a, s) }", "eliminate-nop", "-0.0 + 0.0 is 0.0"),
+        (
+            "{ a = Relu (x) [n] y = Exp (a) }",
+            "fold-constants",
+            "'a' is not constant: it is the result of 'Relu_a' (Relu)",
+        ),
+        ("{ [n] y = Exp (x) }", "fold-constants", "'x' is not constant: it is a graph input"),
+        (
+            "<float[1] s = {3}> { a = Relu (x) [n] y = BatchNormalization (a, s, s, s, s) }",
+            "fuse-conv-bn",
+            "'n' (BatchNormalization) would have to read Conv or ConvTranspose, but reads 'Relu_a' (Relu)",
+        ),
+        (
+            "<float[1,1,1,1] w = {2}> { [n] a = Conv (x, w) y = Relu (a) }",
+            "fuse-conv-bn",
+            "would need BatchNormalization behind it, but Relu reads it",
+        ),
+        (
+            "<int64[4] s = {0, 1, 4, 4}> { a = Relu (x) [n] y = Tile (a, s) }",
+            "eliminate-nop",
+            "the shape of its first operand",
+        ),
+    ],
+)
+def test_explain_names_the_nearest_rules_and_what_each_misses(text: str, pass_name: str, told: str) -> None:
+    found = explain(ir.parse(f"g (float[1,1,4,4] x) => (float[p,q,r,s] y) {text}"), "n", Pipeline.parse("O2"))
+    assert any(f.pass_name == pass_name and told in f.text for f in found.findings), found
+
+
+def test_explain_shows_the_shapes_of_what_stands_and_the_remarks_on_its_neighbours() -> None:
+    model = ir.parse(
+        """g (float[N,2] x, bool f) => (float[N,2] y)
+    { a = Exp (x) [n] b = Relu (a) [c] y = Clip (b, lo, lo) }""".replace("bool f", "float lo")
+    )
+    found = explain(model, "n", Pipeline.parse("O2"))
+    assert found.facts == ("float32[N,2] b = Relu (float32[N,2] a)",)
+    assert any("of its neighbour 'c' (Clip): the bounds" in f.text for f in found.findings), found
+
+
+def test_every_rule_of_a_nop_says_what_it_needs() -> None:
+    assert set(eliminate_nop._RULES) == set(eliminate_nop._NEEDED)
 
 
 def test_explain_of_an_unknown_node_names_the_nearest() -> None:

@@ -37,10 +37,12 @@ def explain(
     verify.cycles(loaded)
     found = explained(loaded, node, parse_pipeline(passes, level, "default"), Target.parse(target))
     out.print(f"{found.node!r} ({found.op}): {found.fate}", markup=False, soft_wrap=True)
+    for fact in found.facts:
+        out.print(f"  {fact}", markup=False, soft_wrap=True)
     table = Table("pass", "why it did not do more")
     for finding in found.findings:
         table.add_row(finding.pass_name, escape(finding.text))
     if found.findings:
         out.print(table)
     else:
-        out.print("no pass came near it")
+        out.print(f"no pass looks at {found.op}", markup=False)

@@ -45,7 +45,11 @@ class EliminateNop(Pass):
     def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
         """What a node of its operator needs to change nothing."""
         needed = _NEEDED.get(node.op)
-        return f"it would change nothing only if {needed}" if needed is not None and node.domain in (None, "", "ai.onnx") else None
+        return (
+            f"it would change nothing only if {needed}"
+            if needed is not None and node.domain in (None, "", "ai.onnx")
+            else None
+        )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes removed."""
@@ -199,7 +203,10 @@ _NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
     "Dropout": "its training_mode were known and false, and nothing read its mask",
     "Resize": "its scales were constant and 1, or its sizes surely those of its operand, by a coordinate map that keeps every element "
     "in its place, and not cubic or antialiased",
-    **dict.fromkeys(("Mul", "Div", "Pow"), "one operand (the right one of Div and Pow) were constant and 1 and did not broadcast the other"),
+    **dict.fromkeys(
+        ("Mul", "Div", "Pow"),
+        "one operand (the right one of Div and Pow) were constant and 1 and did not broadcast the other",
+    ),
     "Sub": "the right operand were constant and 0 and did not broadcast the other",
     "Add": "one operand were constant and 0, of integers: -0.0 + 0.0 is 0.0",
 }

@@ -1,17 +1,21 @@
-"""The mean over all spatial axes is GlobalAveragePool, which ONNX Runtime computes on the blocks that its convolutions write."""
+"""The mean over all spatial axes is GlobalAveragePool, which ONNX Runtime computes on the blocks that its convolutions write.
+
+Where the mean drops the axes, Flatten does so behind the pool.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from graphopt.analyses.idioms import reduced_axes
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 
 _READS_BLOCKS = frozenset(
-    {"Conv", "Relu", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "Sigmoid", "HardSigmoid", "Clip"}
+    {"Conv", "Relu", "Add", "Mul", "Concat", "MaxPool", "AveragePool", "Sigmoid", "HardSigmoid", "HardSwish", "Clip"}
 )
 
 
@@ -49,7 +53,13 @@ class FuseGlobalAveragePool(Pass):
                 break
             result = node.outputs[0]
             node.outputs.clear()
-            edit.insert_before(node, Node("GlobalAveragePool", node.name, {}, [node.inputs[0]], [result]), (node,))
+            if node.attrs.get("keepdims", 1):
+                edit.insert_before(node, Node("GlobalAveragePool", node.name, {}, [node.inputs[0]], [result]), (node,))
+            else:
+                pooled = edit.variable(f"{result.name}_pooled")
+                edit.insert_before(node, Node("GlobalAveragePool", node.name, {}, [node.inputs[0]], [pooled]), (node,))
+                flatten = Node("Flatten", f"{node.name}_flatten", {"axis": 1}, [pooled], [result])
+                edit.insert_before(node, flatten, (node,))
             edit.erase(node)
             done += 1
         edit.commit()
@@ -60,13 +70,9 @@ def _objection(node: Node, shapes: Shapes, edit: Editor) -> str | None:
     shape, dtype = shapes.shape(node.inputs[0]), shapes.dtype(node.inputs[0])
     if shape is None or len(shape) < 3 or dtype is None or dtype.kind != "f":
         return "it is not of floats with batch, channels and space"
-    axes = node.attrs.get("axes")
-    if axes is None and len(node.inputs) > 1 and node.inputs[1].name and edit.is_fixed(node.inputs[1]):
-        axes = node.inputs[1].values.reshape(-1).tolist()
-    if not axes or sorted(int(a) % len(shape) for a in axes) != list(range(2, len(shape))):
+    axes = reduced_axes(node, edit)
+    if not axes or sorted(a % len(shape) for a in axes) != list(range(2, len(shape))):
         return "it is over other axes than all spatial ones"
-    if not node.attrs.get("keepdims", 1):
-        return "it drops the axes"
     producer = edit.producer(node.inputs[0])
     if producer is None or producer.op not in _READS_BLOCKS:
         return "no convolution or its like comes before it"

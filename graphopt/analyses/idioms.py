@@ -132,6 +132,11 @@ def normalization(node: Node, edit: Editor) -> Norm | None:
 def _mean_axes(node: Node, edit: Editor) -> tuple[int, ...] | None:
     if not _is(node, "ReduceMean") or not node.attrs.get("keepdims", 1):
         return None
+    return reduced_axes(node, edit)
+
+
+def reduced_axes(node: Node, edit: Editor) -> tuple[int, ...] | None:
+    """The axes of a reduction, attribute or fixed operand, as written; None where they are neither, or none are named."""
     axes = node.attrs.get("axes")
     if axes is None and len(node.inputs) > 1 and node.inputs[1].name:
         axes = node.inputs[1].values.reshape(-1).tolist() if edit.is_fixed(node.inputs[1]) else None
@@ -398,3 +403,14 @@ def trailing(constant: gs.Tensor | None, shape: Sequence[int]) -> Array | None:
         return np.broadcast_to(values, tuple(shape)) if values.ndim <= len(shape) else None
     except ValueError:
         return None
+
+
+def by_channel(constant: gs.Tensor, rank: int, channels: int) -> Array | None:
+    """A constant as a vector of `channels`, where broadcasting it to values of `rank` dimensions varies along axis 1 alone."""
+    values = np.asarray(constant.values)
+    if values.ndim > rank:
+        return None
+    wide = values.reshape((1,) * (rank - values.ndim) + values.shape)
+    if wide.shape[0] != 1 or wide.shape[1] not in (1, channels) or any(d != 1 for d in wide.shape[2:]):
+        return None
+    return np.array(np.broadcast_to(wide.reshape(-1), (channels,)))

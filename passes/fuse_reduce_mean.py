@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.idioms import close, reduced_axes
+from graphopt.analyses.idioms import close, reduced_axes, reduction
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.views import scalar
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
-
-_AXES_ARE_OPERAND = 18
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,9 @@ class FuseReduceMean(Pass):
                 continue
             if not ctx.admit():
                 break
-            _write(node, divide, model.opset, edit)
+            mean = reduction("ReduceMean", node, node.inputs[0], divide, model.opset, edit)
+            edit.insert_before(divide, mean, (node, divide))
+            edit.erase(divide)
             fused += 1
         edit.commit()
         return fused
@@ -85,22 +84,3 @@ def _objection(node: Node, divide: Node, constant: gs.Tensor, shapes: Shapes, ed
     if not close(number if divide.op == "Div" else 1 / number, math.prod(sizes)):
         return f"{constant.name!r} is not the number of elements"
     return None
-
-
-def _write(node: Node, divide: Node, opset: int, edit: Editor) -> None:
-    axes = reduced_axes(node, edit)
-    result = divide.outputs[0]
-    divide.outputs.clear()
-    inputs = [node.inputs[0]]
-    attributes: dict[str, Any] = {}
-    if not node.attrs.get("keepdims", 1):
-        attributes["keepdims"] = 0
-    if opset < _AXES_ARE_OPERAND:
-        attributes["axes"] = list(axes or ())
-    elif len(node.inputs) > 1:
-        inputs.append(node.inputs[1])
-    else:
-        inputs.append(edit.constant(f"{node.name}_axes", np.asarray(axes, np.int64)))
-    new = Node("ReduceMean", f"{divide.name}_mean", attributes, inputs, [result])
-    edit.insert_before(divide, new, (node, divide))
-    edit.erase(divide)

@@ -1,7 +1,7 @@
 """``exp(x - max(x)) / sum(exp(x - max(x)))`` over one axis is Softmax, and so is ``exp(x) / sum(exp(x))``, which overflows where Softmax does not.
 
 Before opset 13 Softmax is over all axes from `axis` on, so that only the last axis can be meant. Over another axis than the last ONNX Runtime's
-kernel transposes before and after, ten times slower than the parts on ``[8,16,64,64]``; there they stay, but for TensorRT.
+kernel transposes before and after, which makes it slower than the parts; there they stay, but for TensorRT.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class FuseSoftmax(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceSum"})
 
-    every_axis: bool | None = (
-        None  # whether other axes than the last are fused, too; none: where the target is TensorRT
-    )
+    every_axis: bool | None = None  # whether over other axes than the last, too; none: where the target is TensorRT
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Softmaxes fused."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,6 +21,7 @@ from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 
 _CLOSE: Final = 1e-6  # relative; constants come as float32 at best, 6e-8, or were printed with seven digits
+_AXES_ARE_OPERAND: Final = 18  # of ReduceMean, ReduceL2, ReduceSumSquare; of ReduceSum since 13
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def normalization(node: Node, edit: Editor) -> Norm | None:
     square = edit.producer(node.inputs[0]) if axes is not None else None
     if axes is None or square is None:
         return None
-    centre = _squared(square, edit)
+    centre = squared(square, edit)
     shift = edit.sole_consumer(node.outputs[0])
     if centre is None or shift is None or not _is(shift, "Add"):
         return None
@@ -143,7 +144,22 @@ def reduced_axes(node: Node, edit: Editor) -> tuple[int, ...] | None:
     return tuple(int(a) for a in axes) if axes else None
 
 
-def _squared(node: Node, edit: Editor) -> gs.Tensor | None:
+def reduction(op: str, total: Node, x: gs.Tensor, last: Node, opset: int, edit: Editor) -> Node:
+    """An `op` (an operator whose axes are an operand from opset 18 on) of `x` over the axes of the ReduceSum `total`, which writes the result
+    of `last`; `last` gives it up."""
+    attributes: dict[str, Any] = {} if total.attrs.get("keepdims", 1) else {"keepdims": 0}
+    inputs, result = [x], last.outputs[0]
+    axes = reduced_axes(total, edit) or ()
+    if opset < _AXES_ARE_OPERAND:
+        attributes["axes"] = list(axes)
+    else:
+        inputs.append(total.inputs[1] if len(total.inputs) > 1 else edit.constant(f"{total.name}_axes", np.array(axes)))
+    last.outputs.clear()
+    return Node(op, last.name, attributes, inputs, [result])
+
+
+def squared(node: Node, edit: Editor) -> gs.Tensor | None:
+    """What `node` squares, by Pow or by Mul."""
     if _is(node, "Pow") and scalar(node.inputs[1], edit) == 2:
         return node.inputs[0]
     return node.inputs[0] if _is(node, "Mul") and node.inputs[0] is node.inputs[1] else None

@@ -96,6 +96,12 @@ def test_a_docstring_without_example_is_noticed() -> None:
 ALL = [case for path in sorted(CASES.glob("*.txt")) for case in cases(path)]
 
 
+@pytest.mark.parametrize("name", sorted({p.pass_name() for p in Pipeline.parse("O1,O2").passes}))
+def test_pass_of_O2_has_as_many_cases_that_must_not_fire(name: str) -> None:
+    found = [c.after is not None for c in cases(CASES / f"{name}.txt")]
+    assert sum(found) <= len(found) - sum(found)
+
+
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_case(case: Case) -> None:
     before = ir.parse(case.before)

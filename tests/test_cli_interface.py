@@ -68,6 +68,23 @@ def test_explain_names_the_pass_and_its_reason(capsys: pytest.CaptureFixture[str
     assert "fuse-conv-bn" in capsys.readouterr().out
 
 
+def test_explain_of_a_node_that_went_says_where_it_went_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "m.onnx")
+    ir.save(ir.parse("g (float[2] x) => (float[2] y) { [n] a = Cast <to = 1> (x) y = Exp (a) }"), path)
+    assert cli.run(["explain", path, "n", "-p", "eliminate-nop"]) == 0
+    assert capsys.readouterr().out == "'n' (Cast): eliminate-nop removed it\n"
+
+
+def test_explain_says_so_where_no_pass_knows_the_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21, "my" : 1]> g () => (float[2] y) { [n] y = my.Magic () }"""
+    path = str(tmp_path / "m.onnx")
+    ir.save(ir.parse(text), path)
+    assert cli.run(["explain", path, "n"]) == 0
+    assert "no pass looks at Magic" in capsys.readouterr().out
+
+
 def test_inspect_counts_multiply_accumulates(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["inspect", str(models.path("resnet.legacy")), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["macs"].endswith("*batch")

@@ -97,7 +97,7 @@ ALL = [case for path in sorted(CASES.glob("*.txt")) for case in cases(path)]
 
 
 @pytest.mark.parametrize("name", sorted({p.pass_name() for p in Pipeline.parse("O1,O2").passes}))
-def test_pass_of_O2_has_as_many_cases_that_must_not_fire(name: str) -> None:
+def test_pass_of_level_2_has_as_many_cases_that_must_not_fire(name: str) -> None:
     found = [c.after is not None for c in cases(CASES / f"{name}.txt")]
     assert sum(found) <= len(found) - sum(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -16,9 +16,6 @@ from graphopt.commands.arguments import (
     parse_pipeline,
 )
 from graphopt.commands.terminal import out
-
-if TYPE_CHECKING:
-    pass
 
 
 def explain(
@@ -44,5 +41,5 @@ def explain(
         table.add_row(finding.pass_name, escape(finding.text))
     if found.findings:
         out.print(table)
-    else:
+    elif found.facts:  # it is still there
         out.print(f"no pass looks at {found.op}", markup=False)

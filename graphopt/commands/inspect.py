@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,9 +18,6 @@ from graphopt.commands.arguments import (
 )
 from graphopt.commands.terminal import bundle_table, out
 from graphopt.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def inspect(

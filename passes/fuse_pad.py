@@ -1,4 +1,5 @@
-"""A convolution or pool pads by itself: zeros in Conv and, counted, in AveragePool; minus infinity in MaxPool.
+"""A convolution or pool pads by itself: zeros in Conv and, counted, in AveragePool; minus infinity in MaxPool. What is never negative may be
+padded with zeros for MaxPool as well: they are no maximum that the window has not, as long as it is not in the padding alone.
 
 A maximum over nothing but minus infinity is where kernels differ: ONNX Runtime's gives the lowest finite number or minus infinity.
 """
@@ -6,7 +7,7 @@ A maximum over nothing but minus infinity is where kernels differ: ONNX Runtime'
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 
+_NEVER_NEGATIVE: Final = ("Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt")
+
 
 @dataclass(frozen=True)
 class FusePad(Pass):
-    """Fold a Pad of the spatial axes with a neutral constant into Conv, AveragePool or MaxPool.
+    """Fold a Pad of the spatial axes with a constant that changes nothing into Conv, AveragePool or MaxPool.
 
     Before:
         g (float[1,1,3,3] x, float[1,1,3,3] w) => (float[1,1,4,3] y)
@@ -70,7 +73,7 @@ def _padded(node: Node, pad: Node, shapes: Shapes, edit: Editor) -> dict[str, An
     if pad.attrs.get("mode", "constant") != "constant":
         return f"{pad.name!r} pads by {pad.attrs['mode']}"
     neutral = -np.inf if node.op == "MaxPool" else 0.0
-    if _fill(pad, edit) != neutral:
+    if _fill(pad, edit) != neutral and not (node.op == "MaxPool" and _fill(pad, edit) == 0 and _is_positive(pad, edit)):
         return f"{pad.name!r} does not pad with a constant {neutral}"
     sides = _sides(pad, shapes)
     if sides is None:
@@ -93,6 +96,8 @@ def _padded(node: Node, pad: Node, shapes: Shapes, edit: Editor) -> dict[str, An
     if node.op == "Conv":
         return attributes
     kernel = [int(k) for k in node.attrs["kernel_shape"]] * 2
+    if any(d != 1 for d in node.attrs.get("dilations") or ()) and _fill(pad, edit) == 0 and node.op == "MaxPool":
+        return "its taps might step over all but padding"
     if node.attrs.get("ceil_mode", 0) or any(p >= k for p, k in zip(pads, kernel, strict=True)):
         return "a window might lie in the padding alone"
     if len(node.outputs) > 1:
@@ -102,6 +107,12 @@ def _padded(node: Node, pad: Node, shapes: Shapes, edit: Editor) -> dict[str, An
             return "it does not count its own padding"
         attributes["count_include_pad"] = 1
     return attributes
+
+
+def _is_positive(pad: Node, edit: Editor) -> bool:
+    """Whether what `pad` reads is never negative."""
+    node = edit.producer(pad.inputs[0])
+    return node is not None and node.is_onnx and node.op in _NEVER_NEGATIVE
 
 
 def _fill(pad: Node, edit: Editor) -> float | None:

@@ -77,12 +77,20 @@ def test_explain_of_a_node_that_went_says_where_it_went_alone(
     assert capsys.readouterr().out == "'n' (Cast): eliminate-nop removed it\n"
 
 
-def test_explain_says_so_where_no_pass_knows_the_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_of_an_operator_that_no_pass_knows_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = """<ir_version: 10, opset_import: ["" : 21, "my" : 1]> g () => (float[2] y) { [n] y = my.Magic () }"""
     path = str(tmp_path / "m.onnx")
     ir.save(ir.parse(text), path)
     assert cli.run(["explain", path, "n"]) == 0
-    assert "no pass looks at Magic" in capsys.readouterr().out
+    assert "domain 'my' is not evaluated" in capsys.readouterr().out
+
+
+def test_explain_says_so_where_no_pass_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """g () => (uint8[2] y) <float[2] a = {1, 2}, float s = {1}, uint8 z = {0}> { [n] y = QuantizeLinear (a, s, z) }"""
+    path = str(tmp_path / "m.onnx")
+    ir.save(ir.parse(text), path)
+    assert cli.run(["explain", path, "n"]) == 0
+    assert "no pass looks at QuantizeLinear" in capsys.readouterr().out
 
 
 def test_inspect_counts_multiply_accumulates(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from graphopt.evaluate import evaluate_node
 from graphopt.explain import explain
 from graphopt.ir import Model
 from graphopt.opset import obstacle, raise_opset
-from graphopt.pass_base import Context
+from graphopt.pass_base import Context, Exactness
 from graphopt.pipeline import Pipeline
 from graphopt.target import Target
 
@@ -55,6 +55,34 @@ def test_microsoft_operators_appear_for_onnx_runtime_at_o3_alone(
     passes: str, target: str | None, contrib: bool
 ) -> None:
     assert ("com.microsoft" in domains(fused(ir.load(VIT), passes, target))) == contrib
+
+
+ACTIVATED = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,4,H,W] x) => (float[N,4,H,W] y)
+<int64[3] r = {0,2,-1}, float[2] one = {1,1}, float[2] zero = {0,0}, float[4,1,1] k = {1,2,3,4}, float three = {3}, float low = {0}, float six = {6}>
+{ v = Reshape (x, r)  n = InstanceNormalization (v, one, zero)  s = Shape (x)  u = Reshape (n, s)  t = Mul (u, k)
+  p = Softplus (t)  h = Tanh (p)  m = Mul (t, h)  a = Add (m, three)  c = Clip (a, low, six)  f = Mul (m, c)  y = Div (f, six) }"""
+
+
+@pytest.mark.parametrize(
+    ("passes", "target", "opset", "written"),
+    [
+        ("O2", "tensorrt", 17, {"HardSwish"}),
+        ("O3", None, 17, {"HardSwish"}),
+        ("O3", "ort:cpu", 17, {"HardSwish"}),
+        ("O3", "ort:cuda", 17, {"HardSwish"}),
+        ("O3", "tensorrt", 21, {"GroupNormalization", "Mish", "HardSwish"}),
+        ("O3", "tensorrt-rtx:sm89", 21, {"GroupNormalization", "Mish", "HardSwish"}),
+    ],
+)
+def test_one_operator_for_several_is_written_where_the_target_gains(
+    passes: str, target: str | None, opset: int, written: set[str]
+) -> None:
+    model = ir.parse(ACTIVATED)
+    found = fused(model, passes, target)
+    assert found.opset == opset
+    assert {n.op for n in found.nodes()} & {"GroupNormalization", "Mish", "HardSwish"} == written
+    allowed = equivalence.tolerance(Exactness.REASSOCIATING, 5, equivalence.float_types(model))
+    equivalence.compare(model, found, allowed=allowed).require(passes)
 
 
 def test_one_model_for_one_target_is_the_same_bytes_each_time() -> None:

@@ -191,6 +191,11 @@ def test_symbolic_dimensions(body: str, shape: list[str], value: list[str] | Non
     assert facts(text, "y") == (shape, value)
 
 
+def test_group_normalization_keeps_the_shape() -> None:
+    text = "g (float[N,4,H,6] x) => (float y) <float[4] k = {1,2,3,4}> { y = GroupNormalization <num_groups = 2> (x, k, k) }"
+    assert facts(text, "y") == (["N", "4", "H", "6"], None)
+
+
 def test_where_equal_on_shapes_is_decided_for_what_cannot_be_minus_one() -> None:
     text = """g (float[N,3] x) => (int64 y)
     <int64[2] minus = {-1, -1}>

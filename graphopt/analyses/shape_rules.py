@@ -204,6 +204,11 @@ def _concat(call: Call) -> Sequence[Any]:
     return [tuple(dims)]
 
 
+@_shape_of("GroupNormalization")  # a function for which onnx infers the type alone
+def _group_normalization(call: Call) -> Sequence[Shape | None]:
+    return [call.shape(0)]
+
+
 @_shape_of("Flatten")
 def _flatten(call: Call) -> Sequence[Any]:
     shape = call.shape(0)

@@ -41,7 +41,7 @@ PRESETS: Final[dict[str, str]] = {
     "lower-sequences,fuse-slice-squeeze,split-slices,eliminate-expand,merge-reshapes,merge-slices,merge-concats,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",
     # Constants into the weights beside them: each rounds once.
-    "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-pad,"
+    "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
     "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,"
     "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm,fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool,fuse-depth-to-space,"

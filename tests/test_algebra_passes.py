@@ -13,7 +13,7 @@ from graphopt.pipeline import Pipeline
 
 COMPUTING = ["fuse-conv-bias", "fuse-conv-scale", "fuse-pad", "fuse-matmul-add", "fuse-gemm-transpose", "fuse-gemm-bn"]
 COMPUTING += ["fuse-matmul-scale", "merge-matmul-scales", "simplify-arithmetic", "fuse-min-max", "fuse-conv-branches"]
-COMPUTING += ["fuse-linear-chain", "fuse-input-shift"]
+COMPUTING += ["fuse-linear-chain", "fuse-input-shift", "fuse-negation"]
 
 
 @pytest.mark.parametrize("case", [c for name in COMPUTING for c in cases(CASES / f"{name}.txt")], ids=str)

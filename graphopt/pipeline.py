@@ -44,18 +44,18 @@ PRESETS: Final[dict[str, str]] = {
     "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
     "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,"
-    "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm,fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool,fuse-depth-to-space,"
+    "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool,fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
-    "fuse-for-target": "fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm,fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-global-average-pool,fuse-depth-to-space,"
-    "fuse-weights,lower-gemm,fuse-attention,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-skip-layer-norm,fuse-bias-gelu",
+    "fuse-for-target": "fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-global-average-pool,fuse-depth-to-space,"
+    "fuse-weights,lower-gemm,fuse-attention,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu",
     "O3": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
     # O3, but fusions without a sure gain are timed on this machine and kept where they are faster.
-    "measured": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm,fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,"
+    "measured": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,"
     "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,lower-gemm,fuse-attention{measure=true},lower-gemm,sink-transposes-through-products,"
-    "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
+    "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
     "share-initializers,eliminate-dead,infer-shapes",
 }
 _FIXPOINT_CAP: Final = 20  # rounds; a pipeline that still changes something then is reported, not trusted

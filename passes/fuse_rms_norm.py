@@ -1,7 +1,8 @@
 """``x / sqrt(mean(x^2) + epsilon) * scale`` over the last axes is RMSNormalization, from opset 23 on.
 
 Below it, what ONNX Runtime fuses by itself is the division; exporters that multiply by the reciprocal of the root hide it:
-``x * (1 / sqrt(v)) = x / sqrt(v)``, which is also one node less for everybody else.
+``x * (1 / sqrt(v)) = x / sqrt(v)``, which is also one node less for everybody else. Nor does it see one without a scale, as weights of
+ones leave it: there a scale of ones makes it one kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 from graphopt.analyses.idioms import Norm, normalization, trailing
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
-from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.ir import Model, Node, Variable
+from graphopt.pass_base import CONTRIB, Context, Exactness, Pass
 
 _SINCE = 23
 
@@ -43,9 +44,12 @@ class FuseRmsNorm(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceMean"})
 
+    ones: bool | None = None  # whether a missing scale is written as ones; none: where the target is ONNX Runtime
+
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of normalizations rewritten."""
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
+        ones = ctx.serves(CONTRIB, self.ones)
         fused = 0
         for node in list(model.nodes()):
             found = normalization(node, edit)
@@ -53,7 +57,8 @@ class FuseRmsNorm(Pass):
                 continue
             reason = _objection(found, model.opset, shapes)
             inverse = next((n for n in found.nodes if n.op == "Reciprocal"), None)
-            if reason is not None and (inverse is None or not found.nodes):
+            bare = ones and reason is not None and inverse is None and _is_bare(found, shapes)
+            if reason is not None and inverse is None and not bare:
                 ctx.remark(node, f"no RMSNormalization: {reason}")
                 continue
             if not ctx.admit():
@@ -62,6 +67,8 @@ class FuseRmsNorm(Pass):
                 _write(found, shapes, edit)
             elif inverse is not None:
                 _divide(found, inverse, edit)
+            else:
+                _multiply(found, shapes, edit)
             fused += 1
         edit.commit()
         return fused
@@ -84,6 +91,20 @@ def _objection(found: Norm, opset: int, shapes: Shapes) -> str | None:
     if found.scale is not None and (trailing(found.scale, normal) is None or found.scale.values.dtype != dtype):
         return f"{found.scale.name!r} does not follow the normalized axes"
     return None
+
+
+def _is_bare(found: Norm, shapes: Shapes) -> bool:
+    """Whether nothing but a scale is missing for ONNX Runtime's own fusion."""
+    shape = shapes.shape(found.x)
+    return (
+        found.scale is None
+        and found.bias is None
+        and shape is not None
+        and isinstance(shape[-1], int)
+        and [a % len(shape) for a in found.axes] == [len(shape) - 1]
+        and shapes.dtype(found.x) == np.float32
+        and any(n.op == "Pow" and n.inputs[0] is found.x for n in found.nodes)
+    )
 
 
 def _write(found: Norm, shapes: Shapes, edit: Editor) -> None:
@@ -113,3 +134,16 @@ def _divide(found: Norm, inverse: Node, edit: Editor) -> None:
     edit.insert_before(apply, new, (inverse, apply))
     edit.erase(apply)
     edit.erase(inverse)
+
+
+def _multiply(found: Norm, shapes: Shapes, edit: Editor) -> None:
+    """Multiply by ones behind the normalization."""
+    last = edit.producer(found.result)
+    assert last is not None
+    normal = Variable(edit.fresh_name(f"{found.result.name}_normal"), np.dtype(np.float32))
+    ones = edit.constant("ones", np.ones((shapes.shape(found.x) or ())[-1:], np.float32))
+    new = Node(last.op, last.name, dict(last.attrs), list(last.inputs), [normal])
+    last.outputs.clear()
+    edit.insert_before(last, new, (last,))
+    edit.insert_before(last, Node("Mul", f"{last.name}_scale", {}, [normal, ones], [found.result]), found.nodes)
+    edit.erase(last)

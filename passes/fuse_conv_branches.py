@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.batch_norm import channel_affine
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
@@ -148,12 +149,8 @@ def _branch(tensor: gs.Tensor, source: gs.Tensor, root: Node, edit: Editor) -> _
         if edit.sole_consumer(node.inputs[1]) is not node:
             return f"weight {node.inputs[1].name!r} is shared"
         return _Branch(node)
-    if node.attrs.get("training_mode", 0) or any(t.name for t in node.outputs[1:]):
-        return f"{node.name!r} runs in training mode"
-    scale, bias, mean, var = (t.values.astype(np.float64) for t in node.inputs[1:5])
-    with np.errstate(all="ignore"):  # a variance below -epsilon gives NaN, which is refused with the weight
-        k = scale / np.sqrt(var + float(np.float32(node.attrs.get("epsilon", 1e-5))))
-        return _Branch(node, k, bias - mean * k)
+    affine = channel_affine(node, edit)
+    return affine if isinstance(affine, str) else _Branch(node, affine.scale, affine.shift)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@
 
 with ``k = scale / sqrt(var + epsilon)`` by input channel. A Conv that pads adds zeros behind the shift, which is no shift of x: it stays.
 So does the shift of what is exact, such as an input: ``x - a`` has all digits of a small difference of large numbers, which ``x @ W`` rounds
-away. A computed x has lost them before. Folded in float64, rounded once.
+away. A computed x has lost them before; and a BatchNormalization whose means lie within a few spreads of zero has few to lose. Folded in
+float64, rounded once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.batch_norm import channel_affine
 from graphopt.analyses.idioms import members
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
@@ -24,6 +26,7 @@ from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 
 Array = np.ndarray[Any, Any]
+_FAR: Final = 16.0  # spreads between zero and the mean: four bits of the difference are lost at most
 _ROUNDING: Final = frozenset(
     [
         "Add",
@@ -149,8 +152,6 @@ def _folded(node: Node, shift: Node, shapes: Shapes, edit: Editor) -> _Folded | 
     if isinstance(affine, str):
         return affine
     source, k, a = affine
-    if not _is_rounded(source, edit):
-        return f"{source.name!r} may be exact, and the shift what keeps its digits"
     last, own = _own_bias(node, by_channel.shape[0], edit)
     if isinstance(own, str):
         return own
@@ -211,18 +212,16 @@ def _affine(
 ) -> tuple[gs.Tensor, Array | None, Array] | str:
     """What is shifted, the factor (None: 1) and the shift by channel; or why there are none."""
     if shift.op == "BatchNormalization":
-        if shift.attrs.get("training_mode", 0) or any(t.name for t in shift.outputs[1:]):
-            return f"{shift.name!r} runs in training mode"
-        if not all(edit.is_fixed(t) for t in shift.inputs[1:5]):
-            return f"the parameters of {shift.name!r} are not constant"
+        affine = channel_affine(shift, edit)
+        if isinstance(affine, str):
+            return affine
         if node.op == "MatMul" and shapes.rank(shift.inputs[0]) != 2:
             return f"{shift.name!r} normalizes another axis than {node.name!r} multiplies"
-        scale, bias, mean, var = (t.values.astype(np.float64) for t in shift.inputs[1:5])
-        if scale.size != channels:
-            return f"{shift.name!r} has {scale.size} channels, {node.name!r} {channels}"
-        with np.errstate(all="ignore"):  # a variance below -epsilon gives NaN, which is refused with the weight
-            k = scale / np.sqrt(var + float(np.float32(shift.attrs.get("epsilon", 1e-5))))
-            return shift.inputs[0], k, bias - mean * k
+        if affine.scale.size != channels:
+            return f"{shift.name!r} has {affine.scale.size} channels, {node.name!r} {channels}"
+        if not affine.distance <= _FAR and not _is_rounded(shift.inputs[0], edit):
+            return f"{shift.inputs[0].name!r} may be exact, and {shift.name!r} what keeps its digits"
+        return shift.inputs[0], affine.scale, affine.shift
     for index in (0, 1) if shift.op == "Add" else (0,):
         constant, source = shift.inputs[1 - index], shift.inputs[index]
         if not edit.is_fixed(constant):
@@ -236,6 +235,8 @@ def _affine(
         if values.size != 1 and not by_channel:
             return f"{constant.name!r} of shape {list(values.shape)} is not constant per channel"
         a = np.broadcast_to(values.reshape(-1).astype(np.float64), (channels,))
+        if not _is_rounded(source, edit):
+            return f"{source.name!r} may be exact, and the shift what keeps its digits"
         return source, None, a if shift.op == "Add" else -a
     return f"neither operand of {shift.name!r} is constant"
 

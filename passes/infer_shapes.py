@@ -42,8 +42,13 @@ class InferShapes(Pass):
 
     def run(self, model: Model, ctx: Context) -> int:
         """Refine all graphs; returns the number of values that became better known."""
+        shapes = ctx.analysis(Shapes, model)
+        for node in model.nodes():
+            if shapes.gives_absurd_rank(node):
+                ctx.remark(node, "its result would have more dimensions than any tensor: nothing is inferred")
+                return 0
         slim = model.to_proto(lambda c: c.nbytes <= self.max_constant)
-        follow = self.data_prop and not _has_long_vector(model, ctx.analysis(Shapes, model))
+        follow = self.data_prop and not _has_long_vector(model, shapes)
         inferred: onnx.ModelProto | None = None
         for strict in (True, False):  # strict stops at the first contradiction and names it, the other goes around it
             try:

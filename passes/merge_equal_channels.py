@@ -11,6 +11,7 @@ Sums are folded in float64 and rounded once. Not bitwise: a sum of fewer terms i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -25,6 +26,7 @@ from graphopt.pass_base import Context, Exactness, Pass
 Array = np.ndarray[Any, Any]
 
 _LAYERS: Final = frozenset({"Conv", "Gemm", "MatMul"})
+_LARGEST_WEIGHT: Final = 1 << 31  # elements; whatever is larger is no layer's
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _fill(node: Node, edit: Editor) -> Array | None:
     shape = tuple(int(d) for d in np.asarray(node.inputs[0].values).reshape(-1))
     value = np.asarray(node.attrs["value"].values if "value" in node.attrs else np.float32(0))
     if not shape or min(shape) < 1 or value.dtype.kind not in "fV" or value.size != 1:
+        return None
+    if math.prod(shape) > _LARGEST_WEIGHT:
         return None
     return np.broadcast_to(value.reshape(()), shape)
 

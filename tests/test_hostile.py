@@ -65,6 +65,7 @@ node = helper.make_node
 one = numpy_helper.from_array(np.ones(1, np.float32), "a")
 BOMBS = {
     "ConstantOfShape": model(summed(node("ConstantOfShape", ["s"], ["c"])), [ints("s", 1 << 40)]),
+    "ConstantOfShape of 2^62": model(summed(node("ConstantOfShape", ["s"], ["c"])), [ints("s", 1 << 62)]),
     "Expand": model(summed(node("Expand", ["a", "s"], ["c"])), [one, ints("s", 1 << 31, 1 << 31)]),
     "Tile": model(summed(node("Tile", ["a", "s"], ["c"])), [one, ints("s", 1 << 62)]),
     "Range": model(
@@ -82,6 +83,24 @@ BOMBS = {
     ),
     "EyeLike": model(
         summed(node("ConstantOfShape", ["s"], ["e"]), node("EyeLike", ["e"], ["c"])), [ints("s", 1 << 20, 1 << 20)]
+    ),
+    "a vector of dimensions": model(
+        summed(
+            node("ConstantOfShape", ["s"], ["v"], value=ints("", 1)),
+            node("Expand", ["a", "v"], ["c"]),
+        ),
+        [one, ints("s", 1 << 62)],
+    ),
+    "channels merged with an endless axis": model(
+        summed(
+            node("Expand", ["w", "s"], ["e"]),
+            node("Reshape", ["e", "flat"], ["c"]),
+        ),
+        [
+            numpy_helper.from_array(np.arange(4, dtype=np.float32).reshape(1, 4, 1), "w"),
+            ints("s", 1 << 31, 4, 1 << 31),
+            ints("flat", -1),
+        ],
     ),
     "Tile by Tile": model(
         summed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 _END: Final = np.iinfo(np.int64).max
+_MOST_ATOMS: Final = 1 << 24  # of one axis; a longer one carries no channels that anyone prunes
 
 
 @relation("Transpose")
@@ -134,6 +136,10 @@ def _merged(call: Call, labels: Sequence[Axis], sizes: Sequence[int]) -> Axis:
     """The atoms along axes that become one: those of the axis that carries channels, each a run or a comb."""
     tracked = [i for i, axis in enumerate(labels) if axis is not None]
     if not tracked:
+        return None
+    if math.prod(sizes) > _MOST_ATOMS:
+        for i in tracked:
+            call.pin(labels[i], "merges it into an axis that is too long to follow")
         return None
     free = [i for i in tracked if not call.groups.is_pinned(labels[i])]  # type: ignore[arg-type]
     carrier = (free or tracked)[-1]
@@ -419,7 +425,7 @@ def _constant_of_shape(call: Call) -> Sequence[Labels | None] | None:
 
 
 def _copies(call: Call, dim: Dim) -> Axis:
-    return call.groups.fresh(dim) if isinstance(dim, int) and dim > 1 else None
+    return call.groups.fresh(dim) if isinstance(dim, int) and 1 < dim <= _MOST_ATOMS else None
 
 
 @relation("Tile")

@@ -35,6 +35,13 @@ from graphopt.analyses.shape_rules import (
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.ir import Constant, Graph, Model, Node, numpy_dtype, onnx_dtype, subgraphs
 
+_RANK_OF: Final = {
+    "Expand": 1,
+    "Reshape": 1,
+    "Unsqueeze": 1,
+    "ConstantOfShape": 0,
+}  # operand whose length decides the rank
+_MOST_DIMENSIONS: Final = 1024
 _DATA_BYTES: Final = 8192  # of a constant whose content onnx may want to see
 
 
@@ -63,6 +70,14 @@ class Shapes:
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """Its dimensions, or None where not even the rank is known."""
         return self.info(tensor).shape
+
+    def gives_absurd_rank(self, node: gs.Node) -> bool:
+        """Whether the result has more dimensions than any tensor has; onnx would make a list of them."""
+        place = _RANK_OF.get(node.op) if node.domain in (None, "", "ai.onnx") else None
+        if place is None or len(node.inputs) <= place or not node.inputs[place].name:
+            return False
+        shape = self.shape(node.inputs[place])
+        return bool(shape) and isinstance(shape[0], int) and shape[0] > _MOST_DIMENSIONS
 
     def rank(self, tensor: gs.Tensor) -> int | None:
         """The number of its dimensions."""
@@ -228,7 +243,7 @@ class Shapes:
         outputs = [t for t in node.outputs if t.name]
         nothing = [UNKNOWN for _ in node.outputs]
         version = self.model.opset
-        if not outputs or not onnx.defs.has(node.op, version, ""):
+        if not outputs or not onnx.defs.has(node.op, version, "") or self.gives_absurd_rank(node):
             return nothing
         types: dict[str, onnx.TypeProto] = {}
         data: dict[str, onnx.TensorProto] = {}

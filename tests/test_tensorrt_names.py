@@ -25,6 +25,7 @@ VARIABLES = {  # variable -> the TensorRT class that it holds; "" for plain valu
     "profile": "IOptimizationProfile",
     "plan": "IHostMemory",
     "cache": "ITimingCache",
+    "parsed": "",
     "fault": "ParserError",
     "tensor": "ITensor",
     "layer": "ILayer",

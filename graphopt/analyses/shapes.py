@@ -76,8 +76,8 @@ class Shapes:
         place = _RANK_OF.get(node.op) if node.domain in (None, "", "ai.onnx") else None
         if place is None or len(node.inputs) <= place or not node.inputs[place].name:
             return False
-        shape = self.shape(node.inputs[place])
-        return bool(shape) and isinstance(shape[0], int) and shape[0] > _MOST_DIMENSIONS
+        length = (self.shape(node.inputs[place]) or (0,))[0]
+        return isinstance(length, int) and length > _MOST_DIMENSIONS
 
     def rank(self, tensor: gs.Tensor) -> int | None:
         """The number of its dimensions."""

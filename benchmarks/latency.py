@@ -180,6 +180,12 @@ def kernel_contests(width: int) -> dict[str, dict[str, list[onnx.NodeProto]]]:
             ],
         },
         "HardSwish": {
+            "Add, Clip, Mul, Div": [
+                _node("Add", ["x", "three"], ["a"]),
+                _node("Clip", ["a", "zero", "six"], ["p"]),
+                _node("Mul", ["x", "p"], ["q"]),
+                _node("Div", ["q", "six"], ["y"]),
+            ],
             "HardSigmoid, Mul": [_node("HardSigmoid", ["x"], ["a"], alpha=1 / 6), _node("Mul", ["x", "a"], ["y"])],
             "HardSwish": [_node("HardSwish", ["x"], ["y"])],
         },
@@ -191,10 +197,33 @@ def kernel_contests(width: int) -> dict[str, dict[str, list[onnx.NodeProto]]]:
             ],
             "Mish": [_node("Mish", ["x"], ["y"])],
         },
+        **{f"Softmax over axis {axis}": _softmax(axis) for axis in (1, 2)},
+        "x / |x|": {
+            "Mul, ReduceSum, Sqrt": [
+                _node("Mul", ["x", "x"], ["a"]),
+                _node("ReduceSum", ["a", "axis 2"], ["p"]),
+                _node("Sqrt", ["p"], ["q"]),
+                _node("Div", ["x", "q"], ["y"]),
+            ],
+            "ReduceL2": [_node("ReduceL2", ["x", "axis 2"], ["q"]), _node("Div", ["x", "q"], ["y"])],
+        },
         "SiLU": {
             "Sigmoid, Mul": [_node("Sigmoid", ["x"], ["a"]), _node("Mul", ["x", "a"], ["y"])],
             "QuickGelu": [_node("QuickGelu", ["x"], ["y"], contrib=True, alpha=1.0)],
         },
+    }
+
+
+def _softmax(axis: int) -> dict[str, list[onnx.NodeProto]]:
+    return {
+        "ReduceMax, Sub, Exp, ReduceSum, Div": [
+            _node("ReduceMax", ["x", f"axis {axis}"], ["a"]),
+            _node("Sub", ["x", "a"], ["d"]),
+            _node("Exp", ["d"], ["e"]),
+            _node("ReduceSum", ["e", f"axis {axis}"], ["p"]),
+            _node("Div", ["e", "p"], ["y"]),
+        ],
+        "Softmax": [_node("Softmax", ["x"], ["y"], axis=axis)],
     }
 
 
@@ -231,6 +260,8 @@ def kernels(rounds: int, seed: int) -> Table:
 def _one_kernel(path: Path, nodes: Sequence[onnx.NodeProto], width: int, rng: np.random.Generator) -> Path:
     constants: Arrays = {name: rng.standard_normal(width).astype(np.float32) for name in ("c", "g", "b")}
     constants |= {"root": np.float32(math.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}  # type: ignore[dict-item]
+    constants |= {"zero": np.float32(0), "three": np.float32(3), "six": np.float32(6)}  # type: ignore[dict-item]
+    constants |= {f"axis {axis}": np.array([axis]) for axis in (1, 2)}
     square = {name: rng.standard_normal((width, width)).astype(np.float32) for name in ("w", "v", "u")}
     constants |= square | {"wide": np.concatenate([*square.values()], axis=1), "parts": np.array([width] * 3)}
     used = {name for node in nodes for name in node.input}

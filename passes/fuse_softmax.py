@@ -1,7 +1,7 @@
 """``exp(x - max(x)) / sum(exp(x - max(x)))`` over one axis is Softmax, and so is ``exp(x) / sum(exp(x))``, which overflows where Softmax does not.
 
 Before opset 13 Softmax is over all axes from `axis` on, so that only the last axis can be meant. Over another axis than the last ONNX Runtime's
-kernel transposes before and after, which makes it slower than the parts; there they stay, but for TensorRT.
+kernel transposes before and after, which on images is slower than the parts; there they stay, but for TensorRT.
 """
 
 from __future__ import annotations
@@ -131,5 +131,5 @@ def _objection(found: _Softmax, opset: int, every_axis: bool, shapes: Shapes, ed
     if opset < _PER_AXIS and not last:
         return f"opset {opset} has it over the last axes only"
     if not (last or every_axis):
-        return "over another axis than the last its parts are faster"
+        return "over another axis than the last its parts may be faster"
     return None

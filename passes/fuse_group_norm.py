@@ -103,10 +103,10 @@ def _match(norm: Node, shapes: Shapes, edit: Editor) -> _GroupNorm | str:
     channels, groups = shape[1], grouped[1]
     if grouped[0] != shape[0]:
         return "the batch is regrouped, too"
-    if not isinstance(channels, int) or not isinstance(groups, int) or channels % groups:
+    if not isinstance(channels, int) or not isinstance(groups, int) or groups < 1 or channels % groups:
         return "the channels are not known to be groups of one size"
-    if not all(edit.is_fixed(t) for t in norm.inputs[1:]):
-        return "its scale or bias is not fixed"
+    if not all(edit.is_fixed(t) and t.values.shape == (groups,) for t in norm.inputs[1:]):
+        return "its scale or bias is not fixed, or not by group"
     inner = [np.repeat(t.values.astype(np.float64), channels // groups) for t in norm.inputs[1:]]
     nodes, result = [first, norm, last], back
     scale, bias = inner

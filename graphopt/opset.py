@@ -42,11 +42,13 @@ _AXES: Final = {  # operators whose attribute `axes` became an operand, and when
 }  # fmt: skip
 
 
-def obstacle(model: Model, version: int, shapes: Shapes) -> str | None:
-    """Why `model` cannot be read at opset `version`, or None."""
+def obstacle(model: Model, version: int, shapes: Shapes, allowed: bool = True) -> str | None:
+    """Why `model` cannot be read at opset `version`, or None; an older model may be raised only where that is `allowed`."""
     now = model.opset
     if now >= version:
         return None
+    if not allowed:
+        return f"it needs opset {version}, the model has {now}; raise-opset=true raises it"
     if now < _OLDEST:
         return f"opset {now} is older than {_OLDEST}; convert the model with onnx.version_converter"
     if model.functions:

@@ -52,14 +52,7 @@ class FuseLayerNorm(Pass):
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of normalizations fused."""
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
-        allowed = ctx.may_raise(_SINCE, self.raise_opset)
-        obstacle = (
-            None
-            if model.opset >= _SINCE
-            else opset.obstacle(model, _SINCE, shapes)
-            if allowed
-            else f"opset {model.opset} has no LayerNormalization"
-        )
+        obstacle = opset.obstacle(model, _SINCE, shapes, ctx.may_raise(_SINCE, self.raise_opset))
         fused = 0
         for node in list(model.nodes()):
             found = normalization(node, edit)

@@ -46,11 +46,7 @@ class FuseMish(Pass):
         if not ctx.serves(self.serves, self.apply):
             return 0
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
-        obstacle = (
-            opset.obstacle(model, _SINCE, shapes)
-            if model.opset >= _SINCE or ctx.may_raise(_SINCE, self.raise_opset)
-            else f"opset {model.opset} has none"
-        )
+        obstacle = opset.obstacle(model, _SINCE, shapes, ctx.may_raise(_SINCE, self.raise_opset))
         fused = 0
         for node in list(model.nodes()):
             found = gated(node, edit)

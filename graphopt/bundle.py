@@ -204,7 +204,7 @@ def open(path: str | os.PathLike[str], target: str | None = None, options: Build
         InvalidModel: neither a bundle nor a model.
         BackendUnavailable: no variant runs here.
     """
-    if Path(path).is_file():
+    if Path(path).is_file() or (Path(path).suffix in (".onnx", ".onnxtxt") and not Path(path).is_dir()):
         lone = Target.parse(target or "ort:cpu")
         name, backend = backend_for(lone.runtime)
         if name != "onnxruntime":

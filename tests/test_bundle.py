@@ -219,6 +219,8 @@ def test_what_is_no_bundle_is_said_to_be_none(tmp_path: Path) -> None:
         graphopt.open(tmp_path)
     with pytest.raises(InvalidModel, match="is no bundle"):
         graphopt.open(tmp_path / "none")
+    with pytest.raises(InvalidModel, match=r"cannot read .*none\.onnx': No such file"):
+        graphopt.open(tmp_path / "none.onnx")
 
 
 @pytest.mark.parametrize("feeds", [{}, {"x": X, "z": X}, {"x": X.astype(np.float64)}, {"x": X[0]}, {"x": X[:, :2]}])

@@ -49,6 +49,7 @@ def test_opt_sets_shapes_and_renames_dimensions(model: str, tmp_path: Path) -> N
         ("--extract", "a", "expected A:B"),
         ("--extract", "a:c", "also need 'z'"),
         ("--set-shape", "x", "expected INPUT=SHAPE"),
+        ("--shape", "q=1x4", "the model has no such input; its inputs are x, z"),
         ("--set-shape", "q=1x4", "no input 'q'"),
         ("--rename-dim", "M=K", "no input or output has a dimension 'M'"),
     ],

@@ -46,7 +46,7 @@ Continue = Annotated[
     ),
 ]
 TargetName = Annotated[
-    str | None, typer.Option("--target", metavar="TARGET", help="Which variant; default: the best that runs.")
+    str | None, typer.Option("--target", "-t", metavar="TARGET", help="Which variant; default: the best that runs.")
 ]
 
 

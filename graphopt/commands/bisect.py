@@ -67,6 +67,7 @@ def bisect(
 ) -> None:
     """Find the single rewrite after which the outputs leave the tolerance, or CMD fails, and show what it did."""
     from graphopt import bisection, building, equivalence, verdict, verify
+    from graphopt.backend import check_shapes
     from graphopt.evaluate import evaluate_node
     from graphopt.pass_base import Context
     from graphopt.target import Target
@@ -82,6 +83,7 @@ def bisect(
     loaded = load(model)
     verify.cycles(loaded)
     verify.operators(loaded, allow_domain or ())
+    check_shapes(loaded, ranges)
     feeds, samples = read_samples(data, loaded.inputs, pipeline, False)
     for sample in feeds or ():
         equivalence.check_feeds(loaded.inputs, sample)

@@ -13,10 +13,7 @@ from graphopt.errors import UserError
 
 _STEP_LIMIT: Final = 1800  # seconds; TensorRT reports progress more often, and no pass or run takes so long
 
-Isolate = Annotated[
-    bool | None,
-    typer.Option("--isolate/--no-isolate", help="Work in a child process: a crash or a hang there ends in one line."),
-]
+_ISOLATE: Final = "Work in a child process: a crash or a hang there ends in one line; default: "
 MemoryLimit = Annotated[
     int | None,
     typer.Option(
@@ -57,10 +54,12 @@ def contained(default: bool) -> Callable[[Callable[..., None]], Callable[..., No
             raise typer.Exit(isolation.run(lambda: exit_code(lambda: command(**options)), limits))
 
         own = inspect.signature(command, eval_str=True)
+        told = _ISOLATE + ("it does." if default else "it does not.")
+        isolate = Annotated[bool | None, typer.Option("--isolate/--no-isolate", help=told)]
         more = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
             for name, kind, value in (
-                ("isolate", Isolate, None),
+                ("isolate", isolate, None),
                 ("memory_limit", MemoryLimit, None),
                 ("cpu_limit", CpuLimit, 0),
                 ("step_limit", StepLimit, _STEP_LIMIT),

@@ -23,7 +23,9 @@ def explain(
     node: Annotated[str, typer.Argument(metavar="NODE", help="A node, or a tensor that it computes.")],
     passes: PipelineText = None,
     level: Level = None,
-    target: Annotated[str, typer.Option("--target", metavar="TARGET", help="What to fuse for at -O3.")] = "ort:cpu",
+    target: Annotated[
+        str, typer.Option("--target", "-t", metavar="TARGET", help="What to fuse for at -O3.")
+    ] = "ort:cpu",
 ) -> None:
     """Say what became of a node, and why no pass did more."""
     from graphopt import verify

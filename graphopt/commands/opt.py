@@ -11,7 +11,6 @@ from rich.table import Table
 
 from graphopt.commands.arguments import (
     Continue,
-    DataFile,
     Domains,
     Level,
     ModelFile,
@@ -46,7 +45,9 @@ def opt(
     level: Level = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", metavar="TARGET", help="What to fuse for at -O3, as ort:cpu; default: portable."),
+        typer.Option(
+            "--target", "-t", metavar="TARGET", help="What to fuse for at -O3, as ort:cpu; default: portable."
+        ),
     ] = None,
     text: Annotated[bool, typer.Option("--text", help="With -o -: ONNX text instead of protobuf.")] = False,
     external_data: Annotated[
@@ -54,7 +55,10 @@ def opt(
     ] = False,
     allow_domain: Domains = None,
     shape: Shapes = None,
-    data: DataFile = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="SAMPLES", help="Inputs to compare on; or calibration samples, as for build."),
+    ] = None,
     seed: Seed = 0,
     check: Annotated[bool, typer.Option("--check", help="Run onnx.checker after each pass.")] = False,
     compare_each: Annotated[bool, typer.Option("--compare-each", help="Compare the numbers after each pass.")] = False,
@@ -83,6 +87,7 @@ def opt(
 ) -> None:
     """Run passes alone: ONNX in, ONNX out."""
     from graphopt import equivalence, instruments, ir, verify
+    from graphopt.backend import check_shapes
     from graphopt.evaluate import evaluate_node
     from graphopt.evaluate import seconds as clock
     from graphopt.pass_base import Context
@@ -102,7 +107,8 @@ def opt(
     verify.cycles(loaded)
     verify.operators(loaded, allow_domain or ())
     _change_interface(loaded, keep or (), extract, set_shape or (), rename_dim or ())
-    feeds, samples = read_samples(None if data is None else str(data), loaded.inputs, pipeline, False)
+    check_shapes(loaded, ranges)
+    feeds, samples = read_samples(data, loaded.inputs, pipeline, False)
     for sample in feeds or ():
         equivalence.check_feeds(loaded.inputs, sample)
     timing, statistics = instruments.Timing(), instruments.Statistics()

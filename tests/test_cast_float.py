@@ -325,6 +325,8 @@ def test_turing_gets_its_matrix_products_in_half(tmp_path: Path) -> None:
     graphopt.build(
         models.path("vit.legacy"), tmp_path / "out", ["tensorrt-rtx:sm75"], "default,cast-float", fallback=False
     )
+    kernels = manifest(tmp_path / "out")["variants"][0]["kernels"]
+    assert any("Half" in {*k["inputs"], *k["constants"], *k["outputs"]} for k in kernels)
 
 
 @needs_rtx

@@ -135,7 +135,11 @@ def test_a_process_that_runs_native_code_already_is_not_forked(monkeypatch):
     assert isolation.possible() == "this process already runs onnxruntime"
 
 
-def test_steps_outside_of_a_child_cost_and_change_nothing():
+def test_steps_outside_of_a_child_change_nothing(tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("content")
     with isolation.step("one"), isolation.step("two"):
         isolation.progress()
-    isolation.scratch(Path("nothing"))
+        isolation.scratch(kept)
+    assert kept.read_text() == "content"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"]

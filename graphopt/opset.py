@@ -48,7 +48,7 @@ def obstacle(model: Model, version: int, shapes: Shapes, allowed: bool = True) -
     if now >= version:
         return None
     if not allowed:
-        return f"it needs opset {version}, the model has {now}; raise-opset=true raises it"
+        return f"opset {now} is older than {version}, which it needs; raise-opset=true raises it"
     if now < _OLDEST:
         return f"opset {now} is older than {_OLDEST}; convert the model with onnx.version_converter"
     if model.functions:

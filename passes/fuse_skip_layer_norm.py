@@ -106,7 +106,8 @@ def _write(norm: Node, add: Node, shapes: Shapes, edit: Editor) -> None:
     total, result = add.outputs[0], norm.outputs[0]
     operands: list[Any] = [left, right, *norm.inputs[1:]]
     if bias is not None:
-        operands += [Variable("")] * (4 - len(operands)) + [bias]
+        before_bias = 4 if norm.op == "LayerNormalization" else 3  # only its operator has a beta ahead of it
+        operands += [Variable("")] * (before_bias - len(operands)) + [bias]
     outputs = [result]
     if len(total.outputs) > 1:
         outputs += [Variable(""), Variable(""), total]

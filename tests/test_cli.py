@@ -657,6 +657,8 @@ def test_wrong_arguments_for_an_engine_end_with_2(
     (["opt", "small.onnxtxt", "-o", "-", "--external-data"], "--external-data needs a file"),
     (["bench"], "missing argument"),
     (["bench", "small.onnxtxt", "--rounds", "0"], "graphopt bench --help"),
+    (["bench", "small.onnxtxt", "--shape", "q=1x2"], "there is no such input; the inputs are x"),
+    (["verify", "out", "--max-drop", "1"], "add --data"),
     (["run", "small.onnxtxt", "--threads", "many"], "graphopt run --help"),
 ])  # fmt: skip
 def test_usage_errors_are_one_line_and_name_the_help(arguments: list[str], told: str, cli: Cli, small: Path) -> None:

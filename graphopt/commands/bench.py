@@ -23,6 +23,7 @@ from graphopt.commands.arguments import (
 )
 from graphopt.commands.sessions import first_run, generated, open_session
 from graphopt.commands.terminal import out
+from graphopt.errors import UsageError
 
 if TYPE_CHECKING:
     from graphopt.bundle import BundleSession
@@ -47,6 +48,10 @@ def bench(
         name = str(path) if str(path) not in sessions else f"{path} ({len(sessions) + 1})"
         sessions[name] = open_session(path, target if path.is_dir() else None, threads, spinning=False)
     first = next(iter(sessions.values()))
+    unknown = sorted(ranges.keys() - {spec.name for spec in first.inputs})
+    if unknown:
+        names = ", ".join(spec.name for spec in first.inputs)
+        raise UsageError(f"shape for {unknown[0]!r}: there is no such input; the inputs are {names or 'none'}")
     feeds = (read_arrays(data, first.inputs) or [generated(first, seed, ranges)])[0]
     runs = {name: functools.partial(session.run, feeds) for name, session in sessions.items()}
     for session in sessions.values():

@@ -53,6 +53,8 @@ def verify(
     check_place(report)
     if labels is not None and data is None:
         raise UsageError("--labels belong to samples; add --data")
+    if max_drop is not None and data is None:
+        raise UsageError("--max-drop is of the accuracy on samples; add --data")
     opened = Bundle.load(bundle)
     path = model if model is not None else acceptance.find_original(opened, _places(bundle))
     original = None if path is None else load(str(path))

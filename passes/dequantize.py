@@ -105,22 +105,23 @@ class _Run:
         if node.op == "QLinearSoftmax" and node.attrs.get("opset", 13) < 13:
             self.ctx.remark(node, "stays quantized: a Softmax of before opset 13")
             return False
+        if node.attrs.get("channels_last", 0):
+            self.ctx.remark(node, "stays quantized: its layout is channels last")
+            return False
+        biased = bias is not None and len(node.inputs) > bias and bool(node.inputs[bias].name)
+        scales = [node.inputs[i + 1] for i in operands]
+        if biased and not all(self.edit.is_fixed(t) for t in (*scales, node.inputs[bias])):
+            self.ctx.remark(node, "stays quantized: its bias is not constant")
+            return False
         inputs = [self.decode(node, *self._three(node, i), axis=0 if i else None) for i in operands]
-        if bias is not None and len(node.inputs) > bias and node.inputs[bias].name:
-            scales = [node.inputs[i + 1] for i in operands]
+        if biased:
             codes = node.inputs[bias]
-            if not all(self.edit.is_fixed(t) for t in (*scales, codes)):
-                self.ctx.remark(node, "stays quantized: its bias is not constant")
-                return False
             step = np.asarray(scales[0].values, np.float64) * np.asarray(scales[1].values, np.float64)
             values = np.asarray(codes.values, np.float64) * step
             inputs.append(self.edit.constant(codes.name, np.asarray(values, np.float32)))
         attributes = {k: v for k, v in node.attrs.items() if k not in ("channels_last", "opset")}
-        if node.attrs.get("channels_last", 0):
-            self.ctx.remark(node, "stays quantized: its layout is channels last")
-            return False
         output = node.outputs[0]
-        real = Variable(self.edit.fresh_name(f"{output.name}_real"), _FLOAT, output.shape)
+        real = Variable(self.edit.fresh_name(f"{output.name}_real"), inputs[0].dtype, output.shape)
         self.edit.insert_before(node, Node(op, node.name, attributes, inputs, [real]))
         if len(node.inputs) > result and node.inputs[result].name:
             encode = Node(
@@ -147,7 +148,7 @@ class _Run:
         many = rank == 1 and scale.shape[0] != 1
         where = axis if anchor.op not in ("QLinearMatMul", "QGemm") or axis is None else _columns(anchor, codes)
         attributes = {"axis": where} if many and where is not None else {}
-        result = Variable(self.edit.fresh_name(f"{codes.name}_decoded"), _FLOAT, codes.shape)
+        result = Variable(self.edit.fresh_name(f"{codes.name}_decoded"), scale.dtype or _FLOAT, codes.shape)
         operands = [codes, scale] if zero is None else [codes, scale, zero]
         self.edit.insert_before(
             anchor, Node("DequantizeLinear", f"{codes.name}_dequantize", attributes, operands, [result])
@@ -206,7 +207,7 @@ class _Run:
 
     def lift(self, node: Node) -> bool:
         """``decode(move(q)) = move(decode(q))``."""
-        if node.op != "DequantizeLinear" or not node.is_onnx or "axis" in node.attrs:
+        if node.op != "DequantizeLinear" or not node.is_onnx or node.attrs:
             return False
         mover = self.edit.producer(node.inputs[0])
         if mover is None or mover.op not in MOVING or not mover.is_onnx or mover.op in ("Pad", "Resize"):
@@ -214,7 +215,7 @@ class _Run:
         if len(node.inputs[1].shape or ()) > 0 or self.edit.sole_consumer(node.inputs[0]) is not node:
             return False
         codes = mover.inputs[0]
-        real = Variable(self.edit.fresh_name(f"{codes.name}_decoded"), _FLOAT, codes.shape)
+        real = Variable(self.edit.fresh_name(f"{codes.name}_decoded"), node.inputs[1].dtype or _FLOAT, codes.shape)
         decode = Node("DequantizeLinear", node.name, None, [codes, *node.inputs[1:]], [real])
         self.edit.insert_before(mover, decode)
         new = self.edit.variable(node.outputs[0].name, node.outputs[0])
@@ -233,10 +234,10 @@ class _Run:
             or not all(self.edit.is_fixed(t) for t in node.inputs if t.name)
         ):
             return False
-        if node.attrs.get("block_size", 0) or node.outputs[0].dtype not in (None, _FLOAT):
-            self.ctx.remark(node, "stays quantized: scales of blocks, or another type than float32")
-            return False
         codes, scale = (np.asarray(t.values) for t in node.inputs[:2])
+        if node.attrs.get("block_size", 0) or node.attrs.get("output_dtype", 0):
+            self.ctx.remark(node, "stays quantized: scales of blocks, or another type than theirs")
+            return False
         zero = (
             np.asarray(node.inputs[2].values) if len(node.inputs) > 2 and node.inputs[2].name else np.zeros((), np.int8)
         )
@@ -248,7 +249,7 @@ class _Run:
             scale, zero = scale.reshape(()), zero.reshape(()) if zero.size == 1 else zero
         values = (codes.astype(np.float64) - zero.astype(np.float64)) * scale.astype(np.float64)
         output = node.outputs[0]
-        constant = self.edit.constant(output.name, np.asarray(values, np.float32))
+        constant = self.edit.constant(output.name, np.asarray(values, scale.dtype))
         if not self.edit.can_replace(output, constant):
             return False
         self.edit.replace_uses(output, constant)
@@ -262,11 +263,14 @@ class _Run:
         if encode is None or encode.op != "QuantizeLinear" or not encode.is_onnx or not self._alike(encode, node):
             return False
         source, output = encode.inputs[0], node.outputs[0]
+        if source.dtype is not None and output.dtype is not None and source.dtype != output.dtype:
+            self.ctx.remark(node, f"stays quantized: it makes {output.dtype} of {source.dtype}")
+            return False
         bounds = self._range(encode)
         negative = bounds is not None and bounds[0] == 0 and not self._not_negative(source)
         if negative and bounds is not None:
             limits = [
-                self.edit.constant(f"{output.name}_{w}", np.array(b, np.float32))
+                self.edit.constant(f"{output.name}_{w}", np.array(b, source.dtype or output.dtype or _FLOAT))
                 for w, b in zip(("min", "max"), bounds, strict=True)
             ]
             clipped = self.edit.variable(output.name, output)

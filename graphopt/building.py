@@ -30,7 +30,7 @@ from graphopt.budget import within
 from graphopt.bundle import Bundle
 from graphopt.data import Data, open_data
 from graphopt.discovery import backend_for
-from graphopt.errors import BackendUnavailable, InternalError, ShapeError, UnsupportedModel, UsageError
+from graphopt.errors import BackendUnavailable, InternalError, NotEquivalent, ShapeError, UnsupportedModel, UsageError
 from graphopt.evaluate import Evaluator, clock_of, evaluate_node
 from graphopt.instruments import Census, PassTime, Statistics, Timing, Verify, census
 from graphopt.ir import Model, TensorSpec
@@ -406,7 +406,12 @@ def _compared(
         )
     except UnsupportedModel as error:
         return {"proof": {"unproven": str(error)}, "doubt": None}
-    report.require("the optimized model computes something else")
+    try:
+        report.require("the optimized model computes something else")
+    except NotEquivalent as error:
+        raise NotEquivalent(
+            f"{error}; `graphopt bisect` names the rewrite, --continue-without-failing builds without it"
+        ) from None
     proof = {
         "max_abs": _finite(max((d.max_abs for d in report.differences), default=0.0)),
         "relative": _finite(max((d.relative for d in report.differences), default=0.0)),

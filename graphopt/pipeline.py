@@ -44,7 +44,7 @@ PRESETS: Final[dict[str, str]] = {
     "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
     "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,"
-    "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool,fuse-depth-to-space,"
+    "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool{flatten=false},fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
     "fuse-for-target": "fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,fuse-global-average-pool,fuse-depth-to-space,"

@@ -38,6 +38,8 @@ class FuseGlobalAveragePool(Pass):
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceMean"})
 
+    flatten: bool = True  # whether a mean that drops the axes becomes two nodes
+
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of means replaced."""
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
@@ -46,6 +48,8 @@ class FuseGlobalAveragePool(Pass):
             if node.op != "ReduceMean" or not node.is_onnx:
                 continue
             reason = _objection(node, shapes, edit)
+            if reason is None and not self.flatten and not node.attrs.get("keepdims", 1):
+                reason = "it drops the axes, so it would be two nodes"
             if reason is not None:
                 ctx.remark(node, f"no GlobalAveragePool: {reason}")
                 continue

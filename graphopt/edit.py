@@ -111,6 +111,17 @@ class Editor:
         self._last_behind[id(anchor)] = node
         return node
 
+    def take_over(self, result: gs.Tensor, new: Node, origin: Iterable[gs.Node]) -> None:
+        """Let `new`, without outputs yet, compute `result`; what computed it until now is erased, and its name goes before that of `new`."""
+        last = self.producer(result)
+        if last is None:
+            raise ValueError(f"no node computes {result.name!r}")
+        last.outputs.clear()
+        new.outputs.append(result)
+        new.name = f"{last.name}_{new.name}"
+        self.insert_before(last, new, origin)
+        self.erase(last)
+
     def _adopt(self, anchor: gs.Node, node: Node, origin: Iterable[gs.Node]) -> None:
         self._graph_of[id(node)] = self._graph_of[id(anchor)]
         names: dict[str, None] = {}

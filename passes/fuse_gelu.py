@@ -56,12 +56,7 @@ class FuseGelu(Pass):
             if not ctx.admit():
                 break
             name, domain, attributes = op
-            last = edit.producer(found.result)
-            assert last is not None
-            last.outputs.clear()
-            new = Node(name, f"{last.name}_gelu", attributes, [found.x], [found.result], domain)
-            edit.insert_before(last, new, found.nodes)
-            edit.erase(last)
+            edit.take_over(found.result, Node(name, "gelu", attributes, [found.x], domain=domain), found.nodes)
             if domain:
                 model.set_opset(domain, 1)
             fused += 1

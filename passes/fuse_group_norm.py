@@ -137,12 +137,7 @@ def _channel_constant(
 
 
 def _write(norm: Node, found: _GroupNorm, edit: Editor) -> None:
-    last = edit.producer(found.result)
-    assert last is not None
-    last.outputs.clear()
     attributes = {"num_groups": found.groups, "epsilon": norm.attrs.get("epsilon", 1e-5)}
     scale = edit.constant(f"{norm.name}_scale", found.scale)
     bias = edit.constant(f"{norm.name}_bias", found.bias)
-    new = Node("GroupNormalization", f"{norm.name}_groups", attributes, [found.x, scale, bias], [found.result])
-    edit.insert_before(last, new, found.nodes)
-    edit.erase(last)
+    edit.take_over(found.result, Node("GroupNormalization", "groups", attributes, [found.x, scale, bias]), found.nodes)

@@ -54,14 +54,12 @@ class FuseInstanceNorm(Pass):
                 continue
             if not ctx.admit():
                 break
-            last = edit.producer(found.result)
-            assert last is not None
-            last.outputs.clear()
             attributes = {"epsilon": float(np.float32(found.epsilon))}
-            tensors = [found.x, *(edit.constant(f"{last.name}_{name}", values) for name, values in written.items())]
-            new = Node("InstanceNormalization", f"{last.name}_norm", attributes, tensors, [found.result])
-            edit.insert_before(last, new, found.nodes)
-            edit.erase(last)
+            tensors = [
+                found.x,
+                *(edit.constant(f"{found.result.name}_{name}", values) for name, values in written.items()),
+            ]
+            edit.take_over(found.result, Node("InstanceNormalization", "norm", attributes, tensors), found.nodes)
             fused += 1
         edit.commit()
         return fused

@@ -101,12 +101,6 @@ def _operands(found: Norm, shapes: Shapes, edit: Editor) -> tuple[gs.Tensor, gs.
 
 
 def _write(found: Norm, operands: tuple[gs.Tensor, gs.Tensor | None], edit: Editor) -> None:
-    last = edit.producer(found.result)
-    assert last is not None
-    result = found.result
-    last.outputs.clear()
     attributes = {"axis": -len(found.axes), "epsilon": float(np.float32(found.epsilon))}
     tensors = [found.x, *(t for t in operands if t is not None)]
-    new = Node("LayerNormalization", f"{last.name}_norm", attributes, tensors, [result])
-    edit.insert_before(last, new, found.nodes)
-    edit.erase(last)
+    edit.take_over(found.result, Node("LayerNormalization", "norm", attributes, tensors), found.nodes)

@@ -59,11 +59,7 @@ class FuseMish(Pass):
                 continue
             if not ctx.admit():
                 break
-            last = edit.producer(found.result)
-            assert last is not None
-            last.outputs.clear()
-            edit.insert_before(last, Node("Mish", f"{last.name}_mish", {}, [found.x], [found.result]), found.nodes)
-            edit.erase(last)
+            edit.take_over(found.result, Node("Mish", "mish", {}, [found.x]), found.nodes)
             fused += 1
         edit.commit()
         if fused:

@@ -115,13 +115,8 @@ def _write(found: Norm, shapes: Shapes, edit: Editor) -> None:
         scale = edit.constant("ones", np.ones(normal, shapes.dtype(found.x)))
     elif scale.values.shape != normal:
         scale = edit.constant(scale.name, np.array(trailing(scale, normal)))
-    last = edit.producer(found.result)
-    assert last is not None
-    last.outputs.clear()
     attributes = {"axis": -len(found.axes), "epsilon": float(np.float32(found.epsilon))}
-    new = Node("RMSNormalization", f"{last.name}_norm", attributes, [found.x, scale], [found.result])
-    edit.insert_before(last, new, found.nodes)
-    edit.erase(last)
+    edit.take_over(found.result, Node("RMSNormalization", "norm", attributes, [found.x, scale]), found.nodes)
 
 
 def _divide(found: Norm, inverse: Node, edit: Editor) -> None:

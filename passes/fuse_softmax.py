@@ -58,14 +58,8 @@ class FuseSoftmax(Pass):
             if not ctx.admit():
                 break
             rank = shapes.rank(found.x) or 0
-            last = edit.producer(found.result)
-            assert last is not None
-            last.outputs.clear()
             axis = {"axis": -1 if found.axis == rank - 1 else found.axis}
-            edit.insert_before(
-                last, Node("Softmax", f"{last.name}_softmax", axis, [found.x], [found.result]), found.nodes
-            )
-            edit.erase(last)
+            edit.take_over(found.result, Node("Softmax", "softmax", axis, [found.x]), found.nodes)
             fused += 1
         edit.commit()
         return fused

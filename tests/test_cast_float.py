@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from onnx.backend.test.case.node import collect_testcases
 
 import graphopt
-from graphopt import equivalence, ir, models, verify
+from graphopt import cli, equivalence, ir, models, verify
 from graphopt.data import open_data
 from graphopt.emulation import in_float32
 from graphopt.errors import InvalidModel, NotEquivalent, UnsupportedModel, UsageError
@@ -350,3 +350,14 @@ def test_int8_and_half_go_together(tmp_path: Path) -> None:
             assert isinstance(node.inputs[1], gs.Constant)
             assert node.inputs[1].dtype == FLOAT
             assert not node.attrs.get("output_dtype")
+
+
+def test_the_command_line_looks_at_the_samples(tmp_path: Path) -> None:
+    model, out = tmp_path / "m.onnxtxt", tmp_path / "o.onnx"
+    model.write_text(
+        "g (float[N,2] x) => (float[N,2] y) <float[2,2] w = {1, 0, 0, 1}> { a = Add (x, x) y = MatMul (a, w) }"
+    )
+    np.savez(tmp_path / "calib.npz", x=np.full((5, 2), 3e4, np.float32))
+    for more, casts in (((), 2), (("--data", str(tmp_path / "calib.npz")), 0)):
+        assert cli.run(["opt", str(model), "-o", str(out), "-p", "cast-float", *more]) == 0
+        assert sum(node.op == "Cast" for node in ir.load(out).nodes()) == casts

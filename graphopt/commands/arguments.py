@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from graphopt.backend import ShapeRange
     from graphopt.ir import Model, TensorSpec
     from graphopt.pipeline import Instrument, Pipeline
+
+_CALIBRATED: Final = ("quantize", "prune", "equalize", "cast-float")  # beginnings of the passes that look at samples
 
 ModelFile = Annotated[str, typer.Argument(metavar="MODEL", help="An .onnx or .onnxtxt file; '-' is stdin.")]
 PipelineText = Annotated[
@@ -134,7 +136,7 @@ def read_samples(
     """What ``--data`` means: one sample of `inputs`, or, where something is to be calibrated, samples and the first of them."""
     if source is None:
         return None, None
-    if not calibrates and not any(p.pass_name().startswith(("quantize", "prune", "equalize")) for p in pipeline.passes):
+    if not calibrates and not any(p.pass_name().startswith(_CALIBRATED) for p in pipeline.passes):
         return read_arrays(Path(source), inputs), None
     from graphopt.data import open_data
 

@@ -21,7 +21,7 @@ def fusions() -> str:
     lines = ["| pass | what it does | level | targets |", "| --- | --- | --- | --- |"]
     for name in pass_modules():
         kind = find_pass(name)
-        if not (name.startswith("fuse-") or kind.serves):
+        if not (name.startswith(("fuse-", "lower-")) or kind.serves):
             continue
         level = next((f"-{found}" for found, names in levels.items() if name in names), "by name")
         targets = ", ".join(f"`{target}`" for target in kind.serves) or "every one"

@@ -24,7 +24,14 @@ import pytest
 
 from graphopt import ir
 from graphopt.backend import Artifact, BuildOptions, Kernel, ShapeRange
-from graphopt.backends import _cuda_buffers, tensorrt
+from graphopt.backends import (
+    _cuda_buffers,
+    _tensorrt_kernels,
+    _tensorrt_log,
+    _tensorrt_profile,
+    _tensorrt_refusals,
+    tensorrt,
+)
 from graphopt.backends.tensorrt import TensorRT
 from graphopt.errors import (
     BackendUnavailable,
@@ -554,7 +561,7 @@ def test_a_workspace_too_small_is_named_as_the_cause(tmp_path: Path) -> None:
     ("Assertion failed: creator && g(c) == V::kV3: NonZero was not found.", "NonZero was not found"),
 ])  # fmt: skip
 def test_messages_lose_source_places_and_error_codes(text: str, cleaned: str) -> None:
-    assert tensorrt._clean(text) == cleaned
+    assert _tensorrt_log.cleaned(text) == cleaned
 
 
 @pytest.mark.parametrize(("text", "kind", "message"), [
@@ -565,8 +572,8 @@ def test_messages_lose_source_places_and_error_codes(text: str, cleaned: str) ->
 ])  # fmt: skip
 def test_other_failures_say_what_to_do(text: str, kind: type[UserError], message: str) -> None:
     log = types.SimpleNamespace(errors=[text], inconsistent=[])
-    log.first = lambda: tensorrt._Log.first(log)  # type: ignore[arg-type]
-    error = tensorrt._failure(log, "t", tensorrt._Ranges(assumed=["x"]))  # type: ignore[arg-type]
+    log.first = lambda: _tensorrt_log.Log.first(log)  # type: ignore[arg-type]
+    error = _tensorrt_refusals.failure(log, "t", _tensorrt_profile.Ranges(assumed=["x"]))  # type: ignore[arg-type]
     assert type(error) is kind
     assert message in str(error)
 
@@ -678,7 +685,7 @@ def enterprise(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_enterprise_tensorrt_builds_for_the_gpu_at_hand_and_keeps_a_timing_cache(
     enterprise: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "_inspected", lambda *_: (Kernel("k", (), (), ()),))  # the inspector needs a GPU
+    monkeypatch.setattr(tensorrt, "inspected_kernels", lambda *_: (Kernel("k", (), (), ()),))  # the inspector needs a GPU
     cache = tmp_path / "timings"
     artifact = build(MATMUL, tmp_path, "tensorrt:sm89", timing_cache=cache)
     assert artifact.files == ("tensorrt-sm89.engine",)
@@ -744,10 +751,10 @@ def test_the_inspector_of_10_and_of_11_are_both_read() -> None:
         ],
         "I/O Tensors": [{"Name": "x"}],
     }
-    assert tensorrt._from_inspector(json.dumps(ten), {"conv": ("c1", "bn1")}) == (
+    assert _tensorrt_kernels.from_inspector(json.dumps(ten), {"conv": ("c1", "bn1")}) == (
         Kernel("conv + relu", ("Row major linear FP32",), (), ("Row major linear FP32",), ("c1", "bn1", "re[l]u")),
     )
-    assert tensorrt._from_inspector(json.dumps(eleven), {}) == (
+    assert _tensorrt_kernels.from_inspector(json.dumps(eleven), {}) == (
         Kernel("names only", (), (), ()),
         Kernel("k", ("Int8",), ("Int8",), ("Half",), ("a", "b")),
     )

@@ -13,7 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.backends import _cuda_buffers, _tensorrt_session, tensorrt
+from graphopt.backends import (
+    _cuda_buffers,
+    _tensorrt_kernels,
+    _tensorrt_log,
+    _tensorrt_profile,
+    _tensorrt_refusals,
+    _tensorrt_session,
+    tensorrt,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -120,7 +128,8 @@ def missing(source: str) -> dict[str, list[str]]:
     return {name: versions for name, versions in lacking.items() if versions and name not in tensorrt.ONLY_IN}
 
 
-SOURCE = "".join(Path(module.__file__).read_text() for module in (tensorrt, _tensorrt_session))
+MODULES = (tensorrt, _tensorrt_kernels, _tensorrt_log, _tensorrt_profile, _tensorrt_refusals, _tensorrt_session)
+SOURCE = "".join(Path(module.__file__).read_text() for module in MODULES)
 
 
 def test_every_name_exists_in_every_version() -> None:

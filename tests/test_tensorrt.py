@@ -685,7 +685,8 @@ def enterprise(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_enterprise_tensorrt_builds_for_the_gpu_at_hand_and_keeps_a_timing_cache(
     enterprise: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tensorrt, "inspected_kernels", lambda *_: (Kernel("k", (), (), ()),))  # the inspector needs a GPU
+    found = (Kernel("k", (), (), ()),)
+    monkeypatch.setattr(tensorrt, "inspected_kernels", lambda *_: found)  # the inspector needs a GPU
     cache = tmp_path / "timings"
     artifact = build(MATMUL, tmp_path, "tensorrt:sm89", timing_cache=cache)
     assert artifact.files == ("tensorrt-sm89.engine",)

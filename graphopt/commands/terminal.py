@@ -92,10 +92,13 @@ def to_stdout(data: bytes) -> None:
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Any]:
     """Gives a function Target -> progress callback; the bar shows on a terminal only."""
+    if not err.is_terminal:
+        yield lambda target: lambda phase, share: True
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.fields[target]}"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err, transient=True) as bar:
 
         def for_target(target: Target) -> Progress:
             task = bar.add_task("starting", total=1.0, target=str(target))

@@ -42,6 +42,7 @@ PACKAGES: Final = (  # whose versions decide a number; those that are not instal
     *("onnxslim", "onnxsim", "onnxscript", "onnx-ir", "onnxoptimizer", "nncf", "nvidia-modelopt", "torch-pruning"),
 )
 DATA_VARIABLE: Final = "GRAPHOPT_DATA"
+PEERS_VARIABLE: Final = "GRAPHOPT_PEERS_PYTHON"  # the interpreter of an environment that has the peers
 
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples of each contestant; 8 at least for a verdict.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the order of the contestants in each round.")]

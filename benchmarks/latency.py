@@ -7,9 +7,9 @@ passes for ort:cpu decide by.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,20 @@ from onnx import numpy_helper
 
 from benchmarks import graphs as catalogue
 from benchmarks.graphs import GraphsFolder, Patterns
-from benchmarks.harness import Column, DataFolder, JsonFile, MarkdownFile, Rounds, Seed, Table, contest, publish, script
+from benchmarks.harness import (
+    PEERS_VARIABLE,
+    Column,
+    DataFolder,
+    JsonFile,
+    MarkdownFile,
+    Rounds,
+    Seed,
+    Table,
+    contest,
+    peer_process,
+    publish,
+    script,
+)
 from graphopt import ir
 from graphopt.equivalence import difference
 from graphopt.errors import UsageError
@@ -34,6 +47,17 @@ from graphopt.target import Target
 
 _LARGEST: Final = 400e6  # bytes of weights of a graph that is measured unless it is named alone
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+# ONNX Runtime's optimizer for the models that it names; num_heads and hidden_size are found by itself where it can.
+TRANSFORMERS: Final = """
+import sys
+from onnxruntime.transformers import optimizer
+
+model = optimizer.optimize_model(sys.argv[1], model_type=sys.argv[3], num_heads=0, hidden_size=0, use_gpu=False)
+model.save_model_to_file(sys.argv[2])
+fused = [f"{count} {op}" for op, count in model.get_fused_operator_statistics().items() if count]
+print(", ".join(fused) or "nothing fused")
+"""
 
 
 def session(path: Path, threads: int, optimized: bool = True) -> ort.InferenceSession:
@@ -55,23 +79,27 @@ def optimized(graph: catalogue.Graph, folder: Path, passes: str, target: Target)
     return path
 
 
-def by_transformers_optimizer(graph: catalogue.Graph, folder: Path) -> Path | None:
-    """What ONNX Runtime's transformers optimizer makes of it; None where it refuses or fuses no attention."""
-    from onnxruntime.transformers import optimizer
+def inputs(graph: catalogue.Graph, seed: int) -> Arrays:
+    """What both models are run on: recorded inputs of the same name beside the file (.npz), else the first sample's."""
+    recorded, proto = graph.path.with_suffix(".npz"), onnx.load(graph.path)
+    if not recorded.exists():
+        return graph.samples[0].feeds(proto, seed)
+    with np.load(recorded) as arrays:
+        return {value.name: arrays[value.name] for value in catalogue.required_inputs(proto)}
 
+
+def by_transformers_optimizer(graph: catalogue.Graph, folder: Path, python: str) -> tuple[Path | None, str]:
+    """What ONNX Runtime's transformers optimizer, which needs torch, makes of it, and what it fused; or None and why not."""
     path = folder / f"{graph.name}.transformers.onnx"
-    logging.disable(logging.CRITICAL)
+    kind = "vit" if "vit" in graph.name or "deit" in graph.name else "bert"
+    run = peer_process(TRANSFORMERS, graph.path, path, kind, python=python)
+    if run.failure or run.cost is None:
+        return None, f"fails: {run.failure}"
     try:
-        with contextlib.redirect_stdout(None):
-            model = optimizer.optimize_model(str(graph.path), model_type="bert", opt_level=1, use_gpu=False)
-            model.save_model_to_file(str(path))
         session(path, 1)
-    except Exception as error:  # it fails in many ways on models that it does not know
-        print(f"{graph.name}: the transformers optimizer fails: {type(error).__name__}: {str(error)[:100]}")
-        return None
-    finally:
-        logging.disable(logging.NOTSET)
-    return path
+    except Exception as error:  # what it wrote need not load
+        return None, f"its result does not load: {str(error)[:100]}"
+    return path, run.cost.stdout.strip().splitlines()[-1]
 
 
 def measured(
@@ -88,7 +116,7 @@ def measured(
     }
     timings = contest(calls, rounds=rounds, seed=seed, title=f"{graph.name}, {threads} threads")
     compared = timings.compare("original", "graphopt")
-    peer = timings.compare("original", "transformers").ratio if "transformers" in contestants else None
+    peer = {"peer": timings.compare("original", "transformers").ratio} if "transformers" in contestants else {}
     return {
         "graph": graph.name,
         "threads": str(threads),
@@ -96,16 +124,16 @@ def measured(
         "ratio": compared.ratio,
         "interval": f"{compared.interval_low:.3f} to {compared.interval_high:.3f}",
         "cpu_ratio": compared.cpu_ratio,
-        "peer": peer,
+        **peer,
         "difference": max(gaps, default=0.0),
         "verdict": compared.verdict,
     }
 
 
 def latencies(
-    chosen: Sequence[catalogue.Graph], threads: Sequence[int], passes: str, peers: bool, rounds: int, seed: int
+    chosen: Sequence[catalogue.Graph], threads: Sequence[int], passes: str, peers: str | None, rounds: int, seed: int
 ) -> Table:
-    """All graphs on all numbers of threads."""
+    """All graphs on all numbers of threads; `peers` is the interpreter that has ONNX Runtime's transformers optimizer and torch, or None."""
     columns = [
         *(Column("graph", "graph"), Column("threads", "threads", ">"), Column("wall", "original ms", ".4g")),
         *(
@@ -113,24 +141,24 @@ def latencies(
             Column("interval", "interval", ">"),
             Column("cpu_ratio", "CPU ratio", ".3f"),
         ),
-        *(Column("peer", "transformers optimizer", ".3f"), Column("difference", "difference", ".0e")),
-        Column("verdict", "verdict"),
+        *(Column("difference", "difference", ".0e"), Column("verdict", "verdict")),
     ]
+    if peers:
+        columns += [Column("peer", "transformers optimizer", ".3f"), Column("fused", "what it fused")]
     table = Table(f"Latency of -p {passes!r} --target ort:cpu against the original under ONNX Runtime", columns)
     with tempfile.TemporaryDirectory(prefix="graphopt-latency-") as folder:
         for graph in chosen:
-            proto = onnx.load(graph.path)
-            feeds = graph.samples[0].feeds(proto, seed)
-            del proto
+            feeds = inputs(graph, seed)
             contestants = {
                 "original": graph.path,
                 "graphopt": optimized(graph, Path(folder), passes, Target("ort", "cpu")),
             }
-            other = by_transformers_optimizer(graph, Path(folder)) if peers else None
-            if other is not None:
-                contestants["transformers"] = other
+            fused: dict[str, str] = {}
+            if peers:
+                other, fused["fused"] = by_transformers_optimizer(graph, Path(folder), peers)
+                contestants |= {"transformers": other} if other is not None else {}
             for count in threads:
-                table.add(**measured(graph, contestants, count, feeds, rounds, seed))
+                table.add(**measured(graph, contestants, count, feeds, rounds, seed), **fused)
     for count in threads:
         ratios = [float(str(r["ratio"])) for r in table.rows if r["threads"] == str(count)]
         if ratios:
@@ -280,11 +308,20 @@ def main(
     graphs: Patterns = "*",
     folder: GraphsFolder = None,
     data: DataFolder = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            "--models", metavar="FOLDER", help="All .onnx files there instead, each with inputs in a .npz of its name."
+        ),
+    ] = None,
     passes: Annotated[str, typer.Option("--passes", "-p", metavar="PIPELINE", help="What graphopt runs.")] = "O3",
     threads: Annotated[str, typer.Option("--threads", metavar="N[,N]", help="Intra-op threads, as '1,2'.")] = "1,2",
     transformers: Annotated[
-        bool, typer.Option("--transformers", help="Also ONNX Runtime's transformers optimizer (needs its packages).")
+        bool, typer.Option("--transformers", help="Also ONNX Runtime's transformers optimizer, which needs torch.")
     ] = False,
+    python: Annotated[
+        str | None, typer.Option("--python", help=f"Its interpreter; default ${PEERS_VARIABLE}, else this one.")
+    ] = None,
     only_kernels: Annotated[bool, typer.Option("--kernels", help="Single operators against their parts.")] = False,
     rounds: Rounds = 31,
     seed: Seed = 0,
@@ -298,12 +335,16 @@ def main(
     if only_kernels:
         publish(kernels(rounds, seed), markdown=markdown, json_file=json_file)
         return
-    home = catalogue.graphs_folder(folder)
-    found = [g for g in catalogue.catalogue(home, data) if catalogue.matches(g.name, graphs) and g.path.exists()]
+    home = models or catalogue.graphs_folder(folder)
+    known = (
+        [catalogue.Graph(p.stem, p) for p in sorted(home.glob("*.onnx"))] if models else catalogue.catalogue(home, data)
+    )
+    found = [g for g in known if catalogue.matches(g.name, graphs) and g.path.exists()]
     chosen = [g for g in found if len(found) == 1 or g.path.stat().st_size < _LARGEST]
     if not chosen:
         raise UsageError(f"no graph in {str(home)!r} fits {graphs!r}; make them with python -m benchmarks.graphs")
-    table = latencies(chosen, counts, passes, transformers, rounds, seed)
+    interpreter = (python or os.environ.get(PEERS_VARIABLE) or sys.executable) if transformers else None
+    table = latencies(chosen, counts, passes, interpreter, rounds, seed)
     publish(table, markdown=markdown, json_file=json_file)
 
 

@@ -58,6 +58,7 @@ from benchmarks.graphs import (
     required_inputs,
 )
 from benchmarks.harness import (
+    PEERS_VARIABLE,
     Column,
     DataFolder,
     JsonFile,
@@ -80,7 +81,6 @@ from graphopt.pass_base import Exactness
 OURS: Final = "graphopt"
 MEMORY_FACTOR: Final = 1.5  # of the model's bytes, and
 MEMORY_BASE_MB: Final = 150.0  # on top: the memory that we allow ourselves
-PEERS_VARIABLE: Final = "GRAPHOPT_PEERS_PYTHON"
 
 
 @dataclass(frozen=True)

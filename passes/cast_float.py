@@ -27,6 +27,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import calibration
+from graphopt.analyses.inlining import called_functions, inline_calls
 from graphopt.analyses.precision import FLOAT, FULL, HALF, Demands, Units, index_arithmetic, retype
 from graphopt.analyses.shapes import Shapes
 from graphopt.conversion import convert_opset
@@ -127,6 +128,25 @@ def _selects(patterns: tuple[str, ...], node: Node) -> bool:
     return any(p == node.op or fnmatchcase(node.name, p) for p in patterns)
 
 
+def _trips_layouts(node: Node) -> bool:
+    """Whether ONNX Runtime, 1.24 to 1.32 at least, crashes on this Transpose in half: one that moves the first axis behind the other batch axes, for a product.
+
+    It swaps the Transpose with the Cast that a half MatMul gets on the CPU, to fuse it, then finds that only one operand is transposed that
+    way, and leaves a node without a schema to its layout pass.
+    """
+    perm = [int(axis) for axis in node.attrs.get("perm", ())]
+    rank = len(perm)
+    if rank < 3 or perm[: rank - 2] != [*range(1, rank - 1)]:
+        return False
+
+    def alike(tensor: gs.Tensor) -> bool:
+        made = tensor.inputs[0] if tensor.inputs else None
+        other = [*made.attrs.get("perm", ())] if made is not None and made.op == "Transpose" else []
+        return len(other) == rank and other[: rank - 2] == perm[: rank - 2]
+
+    return any(n.op == "MatMul" and n.is_onnx and not all(map(alike, n.inputs)) for n in node.outputs[0].outputs)
+
+
 @dataclass(frozen=True)
 class _Extent:
     """Of the magnitudes of a constant's finite values other than 0."""
@@ -155,17 +175,27 @@ class _Run:
 
     def run(self) -> int:
         before = self.model.graph, onnx.ModelProto.FromString(self.model.carried.SerializeToString())
+        inlined = self._inline()
         told = self._raise_opset()
         if 0 < self.model.opset < self.least:
             self.ctx.remark(None, f"nothing done: {told[0]}")
-            return 0
+            return inlined
         converted = self._convert()
         if converted:
+            told += [f"{inlined} calls of functions inlined: their values have types now"] if inlined else []
             for text in told:
                 self.ctx.remark(None, text)
         elif self.model.graph is not before[0]:
             self.model.graph, self.model.carried = before
-        return converted
+        return converted + inlined
+
+    def _inline(self) -> int:
+        """What a function computes in is said by its callers' types and its own Casts and Constants: put its body where it is called."""
+        inlined = inline_calls(self.model, self.ctx) if self.model.functions else 0
+        if inlined:
+            called = called_functions(self.model)
+            self.model.graph._functions = [f for f in self.model.functions if id(f) in called]
+        return inlined
 
     def _convert(self) -> int:
         shapes = self.ctx.analysis(Shapes, self.model)
@@ -193,6 +223,11 @@ class _Run:
         stored = self._store() if self.cpu else 0
         if converted and not self.cpu:
             self._tell(converted, left)
+        if converted and self.ctx.target is None and self.options.dtype == "bfloat16":
+            self.ctx.remark(
+                None,
+                "ONNX Runtime's CPU has few bfloat16 kernels and will not load this; --target ort:cpu gives one that it loads",
+            )
         self._tell_lost()
         return converted + stored
 
@@ -258,6 +293,8 @@ class _Run:
             return ""
         if id(node) in self.integers:
             return ""
+        if self.ctx.target is None and node.op == "Transpose" and _trips_layouts(node):
+            return "ONNX Runtime's CPU crashes on it in half while loading (microsoft/onnxruntime issue 28392)"
         if self.ctx.target is not None and self.ctx.target.runtime == "ort" and self._near_codes(node):
             return "int8 kernels of ONNX Runtime take float32 around them"
         for index, tensor in enumerate([*node.inputs, *node.outputs]):

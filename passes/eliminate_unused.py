@@ -7,6 +7,7 @@ from typing import Final
 
 import onnx
 
+from graphopt.analyses.inlining import called_functions
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node, subgraphs
 from graphopt.pass_base import Context, Pass
@@ -45,7 +46,7 @@ class EliminateUnused(Pass):
             while _spare_operand(node, model) and ctx.admit():
                 node.inputs.pop()
                 removed += 1
-        called = _called(model)
+        called = called_functions(model)
         kept = []
         for function in model.functions:
             if id(function) in called or not ctx.admit():
@@ -73,22 +74,6 @@ def _spare_operand(node: Node, model: Model) -> bool:
     if not onnx.defs.has(node.op, model.opset, ""):
         return False
     return len(node.inputs) > int(onnx.defs.get_schema(node.op, model.opset, "").min_input)
-
-
-def _called(model: Model) -> set[int]:
-    """The functions that a node calls, directly or through others."""
-    functions = {
-        (domain_of(f.carried.domain), f.carried.name, getattr(f.carried, "overload", "")): f for f in model.functions
-    }
-    pending = [(domain_of(n.domain), n.op, getattr(n.carried, "overload", "")) for n in model.nodes()]
-    found: set[int] = set()
-    while pending:
-        function = functions.get(pending.pop())
-        if function is not None and id(function) not in found:
-            found.add(id(function))
-            nodes = nodes_of(function.carried.node)
-            pending += [(domain_of(n.domain), n.op_type, getattr(n, "overload", "")) for n in nodes]
-    return found
 
 
 def _imports(model: Model, ctx: Context) -> int:

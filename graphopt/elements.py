@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -166,6 +167,7 @@ def decode(raw: bytes) -> str | bytes:
         return raw
 
 
+@functools.cache
 def packed_bits(onnx_type: int) -> int:
     """Bits per element for types that ONNX packs several to a byte, else 0."""
     name = onnx.TensorProto.DataType.Name(onnx_type)
@@ -292,16 +294,21 @@ class Function(_ByIdentity, gs.Function):  # type: ignore[misc]
     carried: onnx.FunctionProto
 
 
+_PLAIN: Final = frozenset({int, float, str, bytes, Constant})
+
+
 def subgraphs(node: gs.Node) -> list[Graph]:
     """The bodies of a control-flow node, in attribute order."""
     found: list[Graph] = []
     for value in node.attrs.values():
-        if type(value) is int or type(value) is float or type(value) is str:
+        kind = type(value)
+        if kind in _PLAIN:
             continue  # nearly all attributes; this runs for every node in every walk
-        if isinstance(value, gs.Graph):
+        if kind is list:
+            if value and isinstance(value[0], gs.Graph):  # ONNX has no mixed lists
+                found.extend(value)
+        elif isinstance(value, gs.Graph):
             found.append(value)
-        elif isinstance(value, list):
-            found.extend(v for v in value if isinstance(v, gs.Graph))
     return found
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt import isolation
+from graphopt import isolation, kernels
 from graphopt.edit import captures
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import EXTERNAL_ABOVE, Graph, Model, Node, Variable, numpy_dtype, save, saves, subgraphs
@@ -155,6 +155,8 @@ def evaluate_node(model: Model, node: gs.Node, inputs: list[np.ndarray[Any, Any]
     Raises:
         UnsupportedModel: no evaluator can compute it.
     """
+    if (known := kernels.compute(node, model.opset, inputs)) is not None:
+        return known
     if node.op == "Div":
         _refuse_overflow(node, inputs)
     feeds = {f"i{index}": value for index, value in enumerate(inputs[: len(node.inputs)]) if value is not None}

@@ -20,44 +20,61 @@ class Signature:
 
     def __init__(self, model: Model) -> None:
         self._alive: list[Any] = []  # so that no id is used again while this snapshot lives
-        self._alive.extend(f.carried for f in model.functions)
-        functions = tuple(id(f.carried) for f in model.functions)  # never changed in place
-        self._key = (functions, self._graph(model.graph), model.carried.SerializeToString(deterministic=True))
+        self._key: list[Any] = [model.carried.SerializeToString(deterministic=True)]
+        for function in model.functions:
+            self._alive.append(function.carried)
+            self._key.append(id(function.carried))  # never changed in place
+        self._graph(model.graph)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self._key == other._key
 
-    def __hash__(self) -> int:
-        return hash(self._key)
+    def _graph(self, graph: Graph) -> None:
+        for tensors in (graph.inputs, graph.initializers, graph.outputs):
+            self._key.append(len(tensors))
+            for tensor in tensors:
+                self._tensor(tensor)
+        self._key.append(len(graph.nodes))
+        for node in graph.nodes:
+            self._node(node)
 
-    def _graph(self, graph: Graph) -> tuple[Any, ...]:
-        return (
-            tuple(map(self._tensor, graph.inputs)),
-            tuple(map(self._tensor, graph.initializers)),
-            tuple(map(self._node, graph.nodes)),
-            tuple(map(self._tensor, graph.outputs)),
-        )
+    def _node(self, node: gs.Node) -> None:
+        key = self._key
+        key += (node.op, node.domain, node.name, len(node.inputs), len(node.outputs), len(node.attrs))
+        for tensor in node.inputs:
+            key.append(tensor.name)
+            if isinstance(tensor, gs.Constant):
+                self._alive.append(tensor._values)
+                key.append(id(tensor._values))
+        for tensor in node.outputs:
+            self._tensor(tensor)
+        for name, value in node.attrs.items():
+            key.append(name)
+            self._attribute(value)
 
-    def _node(self, node: gs.Node) -> tuple[Any, ...]:
-        inputs = tuple(self._tensor(t) if isinstance(t, gs.Constant) else t.name for t in node.inputs)
-        attributes = tuple((name, self._attribute(value)) for name, value in node.attrs.items())
-        return node.op, node.domain, node.name, inputs, tuple(map(self._tensor, node.outputs)), attributes
-
-    def _tensor(self, tensor: gs.Tensor) -> tuple[Any, ...]:
+    def _tensor(self, tensor: gs.Tensor) -> None:
         if isinstance(tensor, gs.Constant):
             self._alive.append(tensor._values)
-            return tensor.name, id(tensor._values)
-        return tensor.name, tensor.dtype, None if tensor.shape is None else tuple(tensor.shape), tensor.type
+            self._key += (tensor.name, id(tensor._values))
+        else:
+            shape = tensor.shape
+            self._key += (tensor.name, tensor.dtype, None if shape is None else tuple(shape), tensor.type)
 
-    def _attribute(self, value: Any) -> Any:
-        if isinstance(value, gs.Graph):
-            return self._graph(value)
-        if isinstance(value, gs.Constant):
-            return self._tensor(value)
-        if isinstance(value, onnx.AttributeProto):
-            return value.SerializeToString(deterministic=True)
-        if isinstance(value, list | tuple):
-            return tuple(map(self._attribute, value))
-        if isinstance(value, np.ndarray):
-            return value.tobytes()
-        return repr(value)
+    def _attribute(self, value: Any) -> None:
+        kind = type(value)
+        if kind is int or kind is str:
+            self._key += (kind, value)
+        elif isinstance(value, gs.Graph):
+            self._graph(value)
+        elif isinstance(value, gs.Constant):
+            self._tensor(value)
+        elif isinstance(value, onnx.AttributeProto):
+            self._key.append(value.SerializeToString(deterministic=True))
+        elif isinstance(value, list | tuple):
+            self._key += (kind, len(value))
+            for each in value:
+                self._attribute(each)
+        elif isinstance(value, np.ndarray):
+            self._key.append(value.tobytes())
+        else:
+            self._key.append(repr(value))  # -0.0 is not 0.0, NaN is itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,18 +45,21 @@ class _Structure:
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.tensors: dict[int, gs.Tensor] = {}
-        self.labels: dict[int, str] = {}  # by id of the node
-        self.readers: dict[int, Counter[int]] = {}  # by id of the tensor: ids of nodes, and how often each reads it
-        self.producers: dict[int, int] = {}  # by id of the tensor
+        self.nodes: dict[int, gs.Node] = {}
+        self.readers: dict[int, list[int]] = defaultdict(
+            list
+        )  # by id of the tensor: ids of nodes, one for each reading
+        self.producers: dict[int, gs.Node] = {}  # by id of the tensor
 
     def graph(self, graph: Graph, outer: Scope, extra: list[Constant]) -> None:
         where = f"graph {graph.name!r}"
         local: dict[str, gs.Tensor] = {}
         scope = outer.new_child(local)
 
-        def define(tensor: gs.Tensor, by: str) -> None:
+        def define(tensor: gs.Tensor, by: str | gs.Node) -> None:
             if tensor.name in local:
-                self.faults.append(f"{where}: {tensor.name!r} is defined twice, the second time by {by}")
+                label = by if isinstance(by, str) else _label(by)
+                self.faults.append(f"{where}: {tensor.name!r} is defined twice, the second time by {label}")
             local[tensor.name] = tensor
 
         inputs = {id(t) for t in graph.inputs}
@@ -68,26 +71,27 @@ class _Structure:
             else:
                 define(constant, "an initializer")
         for node in graph.nodes:
-            label = self.labels[id(node)] = f"node {node.name!r} ({node.op})"
+            self.nodes[id(node)] = node
             for tensor in node.inputs:
                 self.tensors[id(tensor)] = tensor
-                self.readers.setdefault(id(tensor), Counter())[id(node)] += 1
-                if not tensor.name:
+                self.readers[id(tensor)].append(id(node))
+                name = tensor.name
+                if not name or local.get(name) is tensor:
                     continue
-                known = scope.get(tensor.name)
+                known = scope.get(name)
                 if known is None:
-                    self.faults.append(f"{where}: {label} reads {tensor.name!r} before it is defined")
+                    self.faults.append(f"{where}: {_label(node)} reads {name!r} before it is defined")
                 elif known is not tensor:
-                    self.faults.append(f"{where}: {label} reads {tensor.name!r}, but another tensor has that name")
+                    self.faults.append(f"{where}: {_label(node)} reads {name!r}, but another tensor has that name")
             for body in subgraphs(node):
                 self.graph(body, scope, [])
             for tensor in node.outputs:
                 self.tensors[id(tensor)] = tensor
                 if tensor.name:
-                    define(tensor, label)
+                    define(tensor, node)
                 if id(tensor) in self.producers:
-                    self.faults.append(f"{where}: {tensor.name!r} is an output of {label} and of another node")
-                self.producers[id(tensor)] = id(node)
+                    self.faults.append(f"{where}: {tensor.name!r} is an output of {_label(node)} and of another node")
+                self.producers[id(tensor)] = node
         for tensor in graph.outputs:
             if scope.get(tensor.name) is not tensor:
                 self.faults.append(f"{where}: output {tensor.name!r} is produced by no node")
@@ -95,16 +99,24 @@ class _Structure:
     def links(self) -> None:
         """Compare what the nodes hold with what the tensors know of it."""
         for key, tensor in self.tensors.items():
-            known, actual = Counter(map(id, tensor.outputs)), self.readers.get(key, Counter())
-            for node in actual - known:
-                self.faults.append(f"{self.labels[node]} is not among the readers of {tensor.name!r}")
-            for node in known - actual:
-                label = self.labels.get(node, "a node of no graph")
-                self.faults.append(f"{tensor.name!r} counts {label} among its readers, which does not read it so often")
-            producers = [id(n) for n in tensor.inputs]
-            if producers != ([self.producers[key]] if key in self.producers else []):
-                label = self.labels[self.producers[key]] if key in self.producers else "none"
+            known, actual = list(map(id, tensor.outputs)), self.readers.get(key, [])
+            if known != actual:
+                self.readings(tensor, Counter(known), Counter(actual))
+            producer = self.producers.get(key)
+            if list(map(id, tensor.inputs)) != ([] if producer is None else [id(producer)]):
+                label = "none" if producer is None else _label(producer)
                 self.faults.append(f"{tensor.name!r} does not know its producer, {label}")
+
+    def readings(self, tensor: gs.Tensor, known: Counter[int], actual: Counter[int]) -> None:
+        for key in actual - known:
+            self.faults.append(f"{_label(self.nodes[key])} is not among the readers of {tensor.name!r}")
+        for key in known - actual:
+            label = _label(self.nodes[key]) if key in self.nodes else "a node of no graph"
+            self.faults.append(f"{tensor.name!r} counts {label} among its readers, which does not read it so often")
+
+
+def _label(node: gs.Node) -> str:
+    return f"node {node.name!r} ({node.op})"
 
 
 def cycles(model: Model) -> None:

@@ -400,23 +400,28 @@ class ChannelGroups:
         if candidates:
             edges = np.cumsum([0, *map(len, self.balances)])
             sizes = np.array([len(block) for blocks in self.balances for block in blocks])
-            table = np.array([self._blocks[c] for c in candidates])
-            counts = sizes - table.sum(axis=0)
+            queues: dict[bytes, list[int]] = {}  # classes that lie alike, the first in front
+            for candidate in candidates:
+                queues.setdefault(self._blocks[candidate].tobytes(), []).append(candidate)
+            waiting = list(queues.values())
+            table = np.array([self._blocks[queue[0]] for queue in waiting])
+            counts = sizes - np.array(list(map(len, waiting))) @ table
 
             def tops(counts: Array) -> Array:
                 return np.repeat(np.maximum.reduceat(counts, edges[:-1], axis=-1), np.diff(edges), axis=-1)
 
-            left = np.ones(len(candidates), bool)
+            left = np.ones(len(waiting), bool)
             while (short := tops(counts) > counts).any():
                 useful = np.flatnonzero(left & (table[:, short] > 0).any(axis=1))
                 if not len(useful):
                     gone -= set(candidates)
                     break
                 tried = counts + table[useful]
-                best = useful[np.argmin((tops(tried) - tried).sum(axis=1))]
-                left[best] = False
+                worst = (tops(tried) - tried).sum(axis=1)
+                best = min(useful[worst == worst.min()], key=lambda place: waiting[place][0])
                 counts = counts + table[best]
-                gone.discard(candidates[best])
+                gone.discard(waiting[best].pop(0))
+                left[best] = bool(waiting[best])
         return self._independent(sorted(gone))
 
     def _independent(self, classes: Sequence[int]) -> list[list[int]]:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses import symbolic
+from graphopt.analyses import inference, symbolic
 from graphopt.analyses.shape_rules import (
     CONTRIB_RULES,
     MAX_VALUES,
@@ -33,7 +33,7 @@ from graphopt.analyses.shape_rules import (
     Values,
 )
 from graphopt.analyses.symbolic import Dim, Expr
-from graphopt.ir import Constant, Graph, Model, Node, numpy_dtype, onnx_dtype, subgraphs
+from graphopt.ir import Graph, Model, Node, subgraphs
 
 _RANK_OF: Final = {
     "Expand": 1,
@@ -42,7 +42,6 @@ _RANK_OF: Final = {
     "ConstantOfShape": 0,
 }  # operand whose length decides the rank
 _MOST_DIMENSIONS: Final = 1024
-_DATA_BYTES: Final = 8192  # of a constant whose content onnx may want to see
 
 
 class Shapes:
@@ -54,9 +53,7 @@ class Shapes:
         self._infos: dict[int, Info] = {}
         self._alive: list[gs.Tensor] = []
         self._numbers = itertools.count()
-        self._names: dict[Expr, str] = {}
-        self._exprs: dict[str, Expr] = {}
-        self._imports = [onnx.helper.make_opsetid(d, v) for d, v in model.opsets.items()]
+        self._imports = tuple(model.opsets.items())
         self._graph(model.graph, trusted=True)
 
     def info(self, tensor: gs.Tensor) -> Info:
@@ -240,69 +237,51 @@ class Shapes:
 
     def _infer(self, node: Node, instead: Mapping[int, Info]) -> list[Info] | None:
         """What onnx infers for this node alone; None where it finds fault."""
-        outputs = [t for t in node.outputs if t.name]
         nothing = [UNKNOWN for _ in node.outputs]
-        version = self.model.opset
-        if not outputs or not onnx.defs.has(node.op, version, "") or self.gives_absurd_rank(node):
+        if not any(t.name for t in node.outputs) or self.gives_absurd_rank(node):
             return nothing
-        types: dict[str, onnx.TypeProto] = {}
-        data: dict[str, onnx.TensorProto] = {}
+        names: dict[Dim, str] = {}
+        operands: list[inference.Operand | None] = []
         for tensor in node.inputs:
-            if not tensor.name or tensor.name in types:
-                continue
-            info = instead.get(id(tensor)) or self.info(tensor)
-            if info.dtype is None:
+            info = (instead.get(id(tensor)) or self.info(tensor)) if tensor.name else None
+            if info is not None and info.dtype is None:
                 return nothing
-            types[tensor.name] = self._type(info)
-            known = self._data(tensor, info)
-            if known is not None:
-                data[tensor.name] = known
-        try:
-            schema = onnx.defs.get_schema(node.op, version, "")
-            found = onnx.shape_inference.infer_node_outputs(
-                schema, _proto(node), types, data, opset_imports=self._imports, ir_version=max(self.model.ir_version, 4)
-            )
-        except Exception:  # onnx raises InferenceError, RuntimeError, TypeError and more: all mean "cannot tell"
+            operands.append(None if info is None else self._operand(tensor, info, names))
+        question = inference.Question(
+            node.op,
+            self.opset,
+            self._imports,
+            max(self.model.ir_version, 4),
+            inference.attributes_of(node),
+            tuple(operands),
+            tuple(bool(t.name) for t in node.outputs),
+        )
+        found = inference.infer(question)
+        if found is None:
             return None
-        return [self._from_type(found.get(t.name)) if t.name else UNKNOWN for t in node.outputs]
+        dims: dict[int | str | None, Dim] = {name: dim for dim, name in names.items()}
+        return [UNKNOWN if result is None else self._answered(result, dims) for result in found]
 
-    def _type(self, info: Info) -> onnx.TypeProto:
-        proto = onnx.TypeProto()
+    def _operand(self, tensor: gs.Tensor, info: Info, names: dict[Dim, str]) -> inference.Operand:
+        """`names` numbers the symbols of one node."""
         assert info.dtype is not None
-        proto.tensor_type.elem_type = onnx_dtype(info.dtype)
+        dims: tuple[int | str, ...] | None = None
         if info.shape is not None:
-            proto.tensor_type.shape.SetInParent()
-            for dim in info.shape:
-                added = proto.tensor_type.shape.dim.add()
-                if isinstance(dim, Expr):
-                    name = self._names.setdefault(dim, f"d{len(self._names)}")
-                    self._exprs[name] = dim
-                    added.dim_param = name
-                else:
-                    added.dim_value = dim
-        return proto
+            dims = tuple(d if isinstance(d, int) else names.setdefault(d, f"d{len(names)}") for d in info.shape)
+        values = None
+        if not isinstance(tensor, gs.Constant):
+            values = _numbers(info)
+        elif inference.looks_at(info.dtype, tensor.nbytes) and info is self.info(tensor):
+            values = tensor.values
+        return inference.Operand(info.dtype, dims, None if values is None else values.tobytes())
 
-    def _data(self, tensor: gs.Tensor, info: Info) -> onnx.TensorProto | None:
-        if isinstance(tensor, gs.Constant) and tensor.nbytes <= _DATA_BYTES:
-            if tensor.dtype is not None and np.dtype(tensor.dtype).kind in "iubf":
-                return onnx.numpy_helper.from_array(np.array(tensor.values), tensor.name)
-            return None
-        known = _numbers(info)
-        return None if known is None else onnx.numpy_helper.from_array(known, tensor.name)
-
-    def _from_type(self, proto: onnx.TypeProto | None) -> Info:
-        if proto is None or not proto.HasField("tensor_type") or not proto.tensor_type.elem_type:
-            return UNKNOWN
-        dtype = numpy_dtype(proto.tensor_type.elem_type)
-        if not proto.tensor_type.HasField("shape"):
-            return Info(dtype)
-        dims: list[Dim] = []
-        for dim in proto.tensor_type.shape.dim:
-            known = self._exprs.get(dim.dim_param) if dim.HasField("dim_param") else None
-            dims.append(
-                int(dim.dim_value) if dim.HasField("dim_value") else known if known is not None else self.opaque()
-            )
-        return Info(dtype, tuple(dims))
+    def _answered(self, result: inference.Result, dims: Mapping[int | str | None, Dim]) -> Info:
+        if result.dims is None:
+            return Info(result.dtype)
+        return Info(
+            result.dtype,
+            tuple(d if isinstance(d, int) else dims[d] if d in dims else self.opaque() for d in result.dims),
+        )
 
 
 def _numbers(info: Info) -> np.ndarray[Any, Any] | None:
@@ -317,22 +296,3 @@ def _checked(info: Info) -> Info:
     if info.shape is not None and any(isinstance(d, int) and d < 0 for d in info.shape):
         return Info(info.dtype)
     return info
-
-
-def _proto(node: Node) -> onnx.NodeProto:
-    """The node for shape inference: attributes as numbers, strings and small tensors."""
-    proto = onnx.NodeProto(op_type=node.op, name=node.name)
-    proto.input.extend(t.name for t in node.inputs)
-    proto.output.extend(t.name for t in node.outputs)
-    for name, value in node.attrs.items():
-        if isinstance(value, onnx.AttributeProto):
-            proto.attribute.add().CopyFrom(value)
-        elif isinstance(value, Constant):
-            tensor = onnx.TensorProto(data_type=onnx_dtype(np.dtype(value.dtype)), dims=value.shape)
-            if value.nbytes <= _DATA_BYTES:
-                tensor = onnx.numpy_helper.from_array(np.array(value.values))
-            proto.attribute.add(name=name, type=onnx.AttributeProto.TENSOR).t.CopyFrom(tensor)
-        else:
-            kind = getattr(node, "attr_types", {}).get(name)
-            proto.attribute.append(onnx.helper.make_attribute(name, value, attr_type=kind))
-    return proto

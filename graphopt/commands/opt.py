@@ -91,7 +91,6 @@ def opt(
     from graphopt.evaluate import evaluate_node
     from graphopt.evaluate import seconds as clock
     from graphopt.pass_base import Context
-    from graphopt.recovery import Recovery
     from graphopt.target import Target
 
     if text and output != "-":
@@ -126,6 +125,8 @@ def opt(
     )
     recovery = None
     if continue_without_failing:
+        from graphopt.recovery import Recovery
+
         recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
     ctx = Context(target=aim, seed=seed, evaluate=evaluate_node, data=samples, clock=clock)
     with stages("opt") as ctx.progress:

@@ -11,7 +11,7 @@ import logging
 import re
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +27,7 @@ from graphopt.pass_base import Remark
 
 _log = logging.getLogger(__name__)
 _CALLS: Final = 9  # that kernel times are the median of
+_FUSED: Final = 3  # a convolution, a sum and a Relu behind it are one kernel
 
 LAYERS: Final = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 INTEGER: Final = frozenset(
@@ -99,15 +100,27 @@ def onnxruntime_coverage(
         codes = _codes(node)
         runs = next((integer[c] for c in codes if c in integer), None)
         kernel = runs.op_type if runs is not None else None
-        if kernel is None and names.get(node.name) in INTEGER:
-            kernel = names[node.name]
+        runs_as = next((n for n in _run_names(node) if n in names), node.name)
+        if kernel is None and names.get(runs_as) in INTEGER:
+            kernel = names[runs_as]
         why = ""
         if kernel is None:
             why = told.get(node.name, "its codes were not fused: decoded to float" if codes else "not quantized")
-        took = spent.get(runs.name if runs is not None else node.name)
-        shown = kernel or names.get(node.name, "float")
+        took = spent.get(runs.name if runs is not None else runs_as)
+        shown = kernel or names.get(runs_as, "float")
         found.append(Layer(node.name, node.op, kernel is not None, shown, why, microseconds=took))
     return found
+
+
+def _run_names(node: Node) -> Iterator[str]:
+    """What ONNX Runtime may call the kernel of `node`: its blocked convolutions are named after what is fused into them."""
+    yield node.name
+    tensor = node.outputs[0]
+    for _ in range(_FUSED):
+        yield f"{tensor.name}_nchwc"
+        if len(tensor.outputs) != 1 or not tensor.outputs[0].outputs:
+            return
+        tensor = tensor.outputs[0].outputs[0]
 
 
 def _kernel_times(session: Any, sample: Mapping[str, Any]) -> dict[str, float]:

@@ -301,6 +301,11 @@ def fusions_last(pipeline: Pipeline) -> Pipeline:
     return Pipeline((*early, *late, *pipeline.steps[last + 1 :]))
 
 
+def before_quantizing(pipeline: Pipeline) -> Pipeline:
+    """The steps of `pipeline` that run on the float model in front of ``quantize-qdq``."""
+    return Pipeline(tuple(_split([s for s in pipeline.steps if not _is_quantizing(s)])[0]))
+
+
 def _split(steps: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     late = [s for s in steps if isinstance(s, Pass) and s.pass_name() in _LATE]
     return [s for s in steps if not any(s is x for x in late)], late
@@ -366,7 +371,7 @@ class _Search:
         self._scores: dict[tuple[str, ...], Score] = {}
 
     def context(self) -> Context:
-        return _context(self.target, self.data, self.seed)
+        return context(self.target, self.data, self.seed)
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -515,6 +520,11 @@ class _Search:
                 timed[" and ".join(gains)] = union
                 ratios.update(self._times({" and ".join(gains): union, gains[0]: timed[gains[0]]}, sample))
         best = min(ratios, key=lambda n: ratios[n])
+        if best != "all in int8":  # a clock errs, and the least of many measurements more than each of them
+            again = self._times({n: timed[n] for n in ("all in int8", best)}, sample)
+            ratios.update(again)
+            if again[best] >= 0.98 * again["all in int8"]:
+                best = "all in int8"
         told = "; ".join(f"{n}: x{r:.2f}" for n, r in ratios.items())
         self.notes.append(f"time against float on one sample: {told}")
         excluded = timed[best]
@@ -588,7 +598,8 @@ def _chained(node: gs.Node) -> bool:
     return any(_decoded(t) for n in sources for t in n.inputs) or any(_decoded(r.inputs[1]) for r in weighted)
 
 
-def _context(target: Target, data: Data, seed: int) -> Context:
+def context(target: Target, data: Data, seed: int) -> Context:
+    """What the passes are given on the way to int8."""
     clock = clock_of(target)
     return Context(target=target, seed=seed, evaluate=evaluate_node, data=data, clock=clock, products_stay=True)
 
@@ -625,7 +636,7 @@ def sensitivity(
     quantize: Any = find_pass("quantize-qdq")
     step = wish or quantize()
     model = step.raised(model)
-    twins: dict[str, Twin] = step.twins(model, _context(target, data, seed))
+    twins: dict[str, Twin] = step.twins(model, context(target, data, seed))
     if not twins:
         return []
     switches = Switches(model, twins)

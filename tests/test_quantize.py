@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import tempfile
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from graphopt.data import open_data
 from graphopt.elements import Node
 from graphopt.errors import UnsupportedModel, UsageError
 from graphopt.evaluate import Evaluator, evaluate_node
+from graphopt.int8_layers import examine
 from graphopt.pass_base import Context
 from graphopt.pipeline import Pipeline
 from graphopt.target import Target
@@ -47,6 +49,16 @@ def random_model(text: str, **arrays: np.ndarray) -> ir.Model:
     for name, value in arrays.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(value.astype(np.float32), name))
     return ir.loads(proto.SerializeToString())
+
+
+def kernels_of(model: ir.Model) -> collections.Counter:
+    """Operators that ONNX Runtime's CPU provider runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        ort.InferenceSession(ir.saves(model), options, providers=["CPUExecutionProvider"])
+        return collections.Counter(n.op_type for n in onnx.load(options.optimized_model_filepath).graph.node)
 
 
 CHAIN = """
@@ -161,6 +173,36 @@ def test_onnxruntime_keeps_int8_from_one_convolution_to_the_next() -> None:
     assert scalars
     assert set(scalars) == {()}
     assert {str(n.inputs[2].dtype) for n in result.model.nodes() if n.op == "QuantizeLinear"} == {"uint8"}
+
+
+SHUFFLE = """
+    g (float[1,8,6,6] x) => (float[1,8,6,6] y)
+    <int64[2] halves = {4, 4}, int64[5] apart = {1, 2, 4, 6, 6}, int64[4] whole = {1, 8, 6, 6}>
+    { p = Conv (x, w1)
+      a, b = Split <axis = 1> (p, halves)
+      c = Conv <pads = [1,1,1,1]> (a, w2)
+      d = Concat <axis = 1> (b, c)
+      e = Reshape (d, apart)
+      f = Transpose <perm = [0,2,1,3,4]> (e)
+      h = Reshape (f, whole)
+      y = Conv (h, w3) }
+"""
+
+
+def test_int8_goes_through_a_split_and_a_channel_shuffle() -> None:
+    model = random_model(
+        SHUFFLE,
+        w1=RNG.standard_normal((8, 8, 1, 1)),
+        w2=RNG.standard_normal((4, 4, 3, 3)),
+        w3=RNG.standard_normal((8, 8, 1, 1)),
+    )
+    data = open_data({"x": RNG.standard_normal((16, 8, 6, 6)).astype(np.float32)}, model.inputs)
+    result = run("quantize-qdq", model, data=data)
+    kernels = kernels_of(result.model)
+    assert kernels["QLinearConv"] == 3
+    assert kernels["QLinearConcat"] == kernels["QuantizeLinear"] == kernels["DequantizeLinear"] == 1
+    judge = int8.Judge(model, data, None)
+    assert judge.score(result.model, True).sqnr > 30
 
 
 def test_tensorrt_gets_symmetric_inputs_of_weighted_operators_and_a_shared_skip() -> None:
@@ -382,6 +424,22 @@ def test_sensitivity_ranks_every_quantized_layer() -> None:
     assert len(found) == 16
     assert [s.sqnr for s in found] == sorted(s.sqnr for s in found)
     assert all(20 < s.sqnr < 120 for s in found)
+
+
+def test_every_layer_is_told_with_its_kernel_its_cost_and_its_time() -> None:
+    model, data = net("vit")
+    found = examine(model, CPU, data, limit=16)
+    assert len(found.layers) == 20
+    for layer in found.layers:
+        assert layer.int8 is not None
+        assert bool(layer.why) != layer.int8
+        assert (layer.sqnr is not None) == layer.int8
+        assert not layer.int8 or layer.microseconds is not None
+    assert sum(bool(layer.int8) for layer in found.layers) == 13
+    known = [layer.sqnr for layer in found.layers if layer.sqnr is not None]
+    assert known == sorted(known)
+    patch = next(layer for layer in found.layers if layer.op == "Conv")
+    assert patch.float_microseconds is not None  # ONNX Runtime calls its blocked convolutions by other names
 
 
 def test_rtx_runs_every_placed_layer_in_int8_without_round_trips(tmp_path) -> None:

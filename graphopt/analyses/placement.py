@@ -42,6 +42,7 @@ MOVING: Final = frozenset(
         "Resize",
         "Pad",
         "Identity",
+        "Split",
     ]
 )  # of one value and some parameters; what comes out are codes that went in
 _KNOWN: Final = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "HardSigmoid": (0.0, 1.0)}
@@ -212,11 +213,14 @@ class Placer:
         """Tensors that some int8 operator reads as codes, at once or through carriers."""
         wanted = {id(n.inputs[0]) for n in self.chosen}
         for node in reversed(self.model.graph.nodes):
-            if not node.is_onnx or not node.outputs or not self._carrier(node):
-                continue
-            if id(self.result(node)) in wanted:
+            kind = self._carrier(node) if node.is_onnx and node.outputs else None
+            if kind and any(id(t) in wanted for t in self._results(node, kind)):
                 wanted.update(id(t) for t in self._operands(node))
         return wanted
+
+    def _results(self, node: Node, kind: str) -> list[gs.Tensor]:
+        """What a carrier gives: one value, or all parts of a Split, which ONNX Runtime moves as codes if every part has them."""
+        return [self.result(node)] if kind == "arithmetic" else [t for t in node.outputs if t.name]
 
     def _carrier(self, node: Node) -> str | None:
         if node.op in ARITHMETIC and len(node.outputs) == 1:
@@ -234,6 +238,8 @@ class Placer:
             return None
         if node.op == "Gather" and isinstance(node.inputs[0], gs.Constant):
             return None
+        if node.op == "Split":
+            return "moving" if all(t.name for t in node.outputs) else None
         return "moving" if node.op in MOVING and len(node.outputs) == 1 else None
 
     def _pads_with_zeros(self, node: Node) -> bool:
@@ -251,17 +257,24 @@ class Placer:
         operands = self._operands(node)
         if any(id(t) not in self._codes for t in operands):
             return None
-        output = self.result(node) if kind == "arithmetic" else node.outputs[0]
-        if id(output) not in wanted and id(output) not in self._codes:
+        results = self._results(node, kind)
+        if not any(id(t) in wanted or id(t) in self._codes for t in results):
             return None
-        codes = self._mark(output)
         if kind == "moving":
-            self._join(codes, self._codes[id(operands[0])])
-        elif node.op == "Concat" and len({self._codes[id(t)].low == 0 for t in operands}) == 1:
+            for output in results:
+                self._join(self._mark(output), self._codes[id(operands[0])])
+            return kind
+        codes = self._mark(results[0])
+        if node.op == "Concat" and len({self._codes[id(t)].low == 0 for t in operands}) == 1:
             for tensor in operands:
-                if self.edit.sole_consumer(tensor) is node:
+                if self.edit.sole_consumer(tensor) is node and not self._part(tensor):
                     self._join(self._codes[id(tensor)], codes)
         return kind
+
+    def _part(self, tensor: gs.Tensor) -> bool:
+        """Whether a tensor is a part of another, whose codes what reads the other parts reads too."""
+        producer = self.edit.producer(tensor)
+        return producer is not None and producer.op == "Split"
 
     @staticmethod
     def _join(codes: Codes, leader: Codes) -> None:

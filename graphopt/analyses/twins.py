@@ -122,9 +122,14 @@ class RangeJudge:
     def _behind(build: _Builder, node: gs.Node | None, rounded: Mapping[str, gs.Tensor]) -> tuple[str, str] | None:
         if node is None or subgraphs(node) or node.op in ("Shape", "Size"):
             return None
-        found = build.copy(node, [rounded.get(t.name, t) if t.name else t for t in node.inputs])
-        real = node.outputs[0]
-        for _ in range(_FOLLOW):
+        found: gs.Tensor
+        if node.op == "Split":  # its parts together are what it reads
+            real = node.inputs[0]
+            found = rounded.get(real.name, real)
+        else:
+            found = build.copy(node, [rounded.get(t.name, t) if t.name else t for t in node.inputs])
+            real = node.outputs[0]
+        for _ in range(_FOLLOW if node.op != "Split" else 0):
             after = build.edit.sole_consumer(real)
             if (
                 after is None

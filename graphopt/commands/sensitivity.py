@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -22,9 +22,6 @@ from graphopt.commands.arguments import (
 )
 from graphopt.commands.terminal import out, say, watched
 
-if TYPE_CHECKING:
-    pass
-
 
 def sensitivity(
     model: ModelFile,
@@ -36,11 +33,13 @@ def sensitivity(
     seed: Seed = 0,
     report: ReportFile = None,
 ) -> None:
-    """Quantize each layer of the optimized MODEL alone and compare the outputs; the most sensitive layer comes first."""
-    from graphopt import int8
+    """Say for each layer of the optimized MODEL whether it runs in int8 and in which kernel or why not, what that costs the outputs alone, and its time.
+
+    The most sensitive layer comes first. With a TensorRT for RTX target an engine is built, whose kernels are looked at.
+    """
     from graphopt.data import open_data
-    from graphopt.evaluate import evaluate_node
-    from graphopt.pass_base import Context
+    from graphopt.int8 import before_quantizing, context
+    from graphopt.int8_layers import examine
     from graphopt.target import Target
 
     check_place(report)
@@ -49,15 +48,24 @@ def sensitivity(
     chosen = Target.parse(target)
     source = open_data(data, loaded.inputs)
     source.cache = cache_folder()
-    context = Context(target=chosen, seed=seed, evaluate=evaluate_node, data=source)
     with watched(source):
-        optimized = pipeline.run(loaded, context).model
-        found = int8.sensitivity(optimized, chosen, source, seed=seed, limit=samples)
-    for remark in context.remarks if not found else ():
-        say(str(remark))
-    table = Table("layer", "operator", "outputs' SQNR, dB", "its own SQNR, dB")
-    for one in found:
-        own = "-" if one.own is None else f"{one.own:.1f}"
-        table.add_row(escape(one.name), one.op, f"{one.sqnr:.1f}", own)
+        optimized = before_quantizing(pipeline).run(loaded, context(chosen, source, seed)).model
+        found = examine(optimized, chosen, source, seed=seed, limit=samples)
+    if found.note:
+        say(found.note)
+
+    def told(kernel: str) -> str:  # TensorRT's kernels are called after the layers, at length
+        return f": {kernel}" if chosen.runtime == "ort" else ""
+
+    table = Table("layer", "operator", "runs in", "outputs' SQNR, dB", "its own SQNR, dB", "us", "us in float")
+    for one in found.layers:
+        runs = "?" if one.int8 is None else f"int8{told(one.kernel)}" if one.int8 else f"float: {one.why}"
+        numbers = (one.sqnr, one.own, one.microseconds, one.float_microseconds)
+        table.add_row(
+            escape(one.name),
+            one.op,
+            escape(runs),
+            *("-" if n is None else f"{min(n, 200):.1f}" if i < 2 else f"{n:.0f}" for i, n in enumerate(numbers)),
+        )
     out.print(table)
-    write_report(report, {"target": target, "layers": [one.as_dict() for one in found]})
+    write_report(report, {"target": target, "note": found.note, "layers": [one.as_dict() for one in found.layers]})

@@ -7,7 +7,7 @@ saved graph, the kernel list of a TensorRT for RTX engine. Times are of single k
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,9 @@ def examine(model: Model, target: Target, data: Data, *, seed: int = 0, limit: i
     return Examined(found, list(result.remarks), note)
 
 
-def _runs(model: Model, target: Target, remarks: list[Remark], sample: Mapping[str, Any]) -> tuple[list[Layer], str]:
+def _runs(
+    model: Model, target: Target, remarks: Sequence[Remark], sample: Mapping[str, Any]
+) -> tuple[list[Layer], str]:
     if target.runtime == "ort":
         return onnxruntime_coverage(model, remarks, sample), ""
     try:

@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 BINS: Final = 8192  # of a histogram; at least a quarter of them lie within the range seen
 BUDGET: Final = 256 << 20  # bytes of tensors that one run may give
 MOST_AT_ONCE: Final = 32  # samples of a run
-COUNTED: Final = 1 << 17  # values of a tensor and run that go into the histogram; extremes see all
+COUNTED: Final = 1 << 15  # values of a tensor and run that go into the histogram; extremes see all
 _RUN_MACS: Final = 1 << 34  # multiply-accumulates of a run, about
 _SAVE_EVERY: Final = 20.0  # seconds between two looks after the cache
 _MEMORY: Final = 0.9  # of the moving averages
@@ -176,7 +176,7 @@ class Runner:
         copy.graph.outputs = [tensors[name] for name in wanted]
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_EXTENDED if optimize else level.ORT_DISABLE_ALL
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.log_severity_level = 4
         try:
             self._session = ort.InferenceSession(saves(copy), options, providers=["CPUExecutionProvider"])

@@ -54,6 +54,10 @@ class Editor:
         """Whether some graph, the root or a body, returns `tensor`."""
         return id(tensor) in self._output_of
 
+    def output_of(self, tensor: gs.Tensor) -> Graph | None:
+        """The graph, the root or a body, that returns `tensor`; None: no graph does."""
+        return self._output_of.get(id(tensor))
+
     def is_input(self, tensor: gs.Tensor) -> bool:
         """Whether `tensor` is an input of the root graph or of a body."""
         return id(tensor) in self._inputs

@@ -38,22 +38,22 @@ PRESETS: Final[dict[str, str]] = {
     "simplify": "inline-functions,eliminate-dead,fixpoint("
     "lower-cast-like,inline-if,unroll-loop{grow=false},eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
     "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,"
-    "lower-sequences,fuse-slice-squeeze,split-slices,eliminate-expand,merge-reshapes,merge-slices,merge-concats,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
+    "lower-sequences,fuse-slice-squeeze,split-slices,eliminate-expand,merge-reshapes,merge-slices,merge-concats,bypass-concats,merge-pads,merge-gathers,fuse-gather-unsqueeze,merge-expands,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",
     # Constants into the weights beside them: each rounds once.
-    "fuse-weights": "fixpoint(simplify-arithmetic,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
+    "fuse-weights": "fuse-log-softmax,fuse-arg-max,fixpoint(simplify-arithmetic,fuse-reciprocal,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
-    "O2": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,"
+    "O2": "simplify,merge-product-transposes,merge-transposes,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-gemm,"
     "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool{flatten=false},fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
     "fuse-for-target": "lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,fuse-global-average-pool,fuse-depth-to-space,"
     "fuse-weights,lower-gemm,fuse-attention,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu",
-    "O3": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,fuse-for-target,"
+    "O3": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
     # O3, but fusions without a sure gain are timed on this machine and kept where they are faster.
-    "measured": "simplify,merge-equal-channels,fold-constants,sink-transposes-through-sums,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,"
+    "measured": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,"
     "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,lower-gemm,fuse-attention{measure=true},lower-gemm,sink-transposes-through-products,"
     "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
     "share-initializers,eliminate-dead,infer-shapes",

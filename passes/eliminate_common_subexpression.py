@@ -1,7 +1,8 @@
 """Common subexpression elimination by value numbering (Cocke and Schwartz 1970), one graph at a time, in order.
 
 Two nodes are equal when operator, attributes and operands are: floats by their bits (0.0 is not -0.0), constants by dtype, shape
-and content, so that equal small initializers count as one operand.
+and content, so that equal small initializers count as one operand. Sums, products and the
+like of two computed values are equal in both orders.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from graphopt.pass_base import Context, Pass
 RANDOM_OPS = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"}
 )
+
+_COMMUTATIVE = frozenset(
+    {"Add", "Mul", "And", "Or", "Xor", "Equal"}
+)  # not Max and Min, which may return either of two zeros
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,15 @@ class _Numbers:
     def of_node(self, node: Node) -> tuple[Any, ...]:
         """What two nodes must share to be equal."""
         attributes = tuple(sorted((name, _attribute(value)) for name, value in node.attrs.items()))
-        return node.op, tuple(map(self.of, node.inputs)), attributes, tuple(bool(t.name) for t in node.outputs)
+        operands = tuple(map(self.of, node.inputs))
+        if (
+            node.op in _COMMUTATIVE
+            and len(operands) == 2
+            and isinstance(operands[0], int)
+            and isinstance(operands[1], int)
+        ):
+            operands = (min(operands), max(operands))
+        return node.op, operands, attributes, tuple(bool(t.name) for t in node.outputs)
 
 
 def _content(tensor: gs.Constant) -> tuple[str, tuple[int, ...], bytes]:

@@ -24,7 +24,7 @@ class EliminateNop(Pass):
     """Remove nodes that change nothing.
 
     Cast to the same dtype, Reshape and Expand to the same shape, Transpose in order, Slice of everything, Pad by nothing, Concat and
-    Split of one, Dropout, x * 1, and the like.
+    Split of one, Gather of all in order, ScatterND of every row, Dropout, x * 1, and the like.
 
     Before:
         g (float[N,3] x) => (float[N,3] y)
@@ -155,6 +155,50 @@ def _resize(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     return _if_same_shape(node, shapes, edit) if len(node.inputs) > 3 and node.inputs[3].name else None
 
 
+def _gather(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """All indices of an axis in order."""
+    known = shapes.integers(node.inputs[1])
+    if known is None or known.ndim != 1 or not np.array_equal(known, np.arange(known.size)):
+        return None
+    return _if_same_shape(node, shapes, edit)
+
+
+def _scatter(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """ScatterND that writes every row of its operand once, in order, leaves the updates."""
+    data, indices, updates = node.inputs
+    shape = shapes.shape(indices)
+    if node.attrs.get("reduction", "none") not in ("none", b"none") or not _same_shape(node, updates, shapes):
+        return None
+    rows = (shapes.shape(data) or (None,))[0]
+    if shape is None or len(shape) != 2 or shape[1] != 1 or rows is None:
+        return None
+    known = shapes.integers(indices)
+    if known is not None:
+        return updates if known.shape[0] == rows and np.array_equal(known[:, 0], np.arange(len(known))) else None
+    wide = edit.producer(indices)
+    source = None if wide is None or wide.op not in ("Unsqueeze", "Reshape") else edit.producer(wide.inputs[0])
+    if source is None or source.op != "Range" or not source.is_onnx:
+        return None
+    start, limit, step = (shapes.value(t) for t in source.inputs)
+    if start is None or limit is None or step is None or start.size != 1 or limit.size != 1 or step.size != 1:
+        return None
+    return updates if start.item() == 0 and step.item() == 1 and limit.item() == rows else None
+
+
+def _pool(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """The average of windows of one element."""
+    if any(int(k) != 1 for k in node.attrs["kernel_shape"]) or any(int(s) != 1 for s in node.attrs.get("strides", ())):
+        return None
+    return _if_same_shape(node, shapes, edit)
+
+
+def _upsample(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    scales = node.attrs.get("scales")
+    if scales is None:
+        scales = node.inputs[1].values if len(node.inputs) > 1 and edit.is_fixed(node.inputs[1]) else None
+    return node.inputs[0] if scales is not None and len(scales) and all(s == 1 for s in scales) else None
+
+
 def _neutral(neutral: float, *, right_only: bool, floats: bool = True) -> Rule:
     """``x op neutral``; on either side where the operator commutes."""
 
@@ -185,6 +229,10 @@ _RULES: Final[dict[str, Rule]] = {
     "Split": _split,
     "Dropout": _dropout,
     "Resize": _resize,
+    "Upsample": _upsample,
+    "Gather": _gather,
+    "ScatterND": _scatter,
+    "AveragePool": _pool,
     "Mul": _neutral(1, right_only=False),
     "Div": _neutral(1, right_only=True),
     "Pow": _neutral(1, right_only=True),
@@ -203,6 +251,10 @@ _NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
     "Dropout": "its training_mode were known and false, and nothing read its mask",
     "Resize": "its scales were constant and 1, or its sizes surely those of its operand, by a coordinate map that keeps every element "
     "in its place, and not cubic or antialiased",
+    "Upsample": "its scales were constant and 1",
+    "Gather": "its indices were known and all of the axis, in order",
+    "ScatterND": "it wrote every row once, in order, without a reduction",
+    "AveragePool": f"its windows and strides were of 1 element, and {_SHAPE}",
     **dict.fromkeys(
         ("Mul", "Div", "Pow"),
         "one operand (the right one of Div and Pow) were constant and 1 and did not broadcast the other",

@@ -1,4 +1,4 @@
-"""``A @ B + C`` of matrices is Gemm, where C broadcasts to the product and not the other way round."""
+"""``A @ B + C`` of matrices is Gemm, where C broadcasts to the product and not the other way round; a Gemm without C takes one in."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FuseMatmulAdd(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
-    ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul"})
+    ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul", "Gemm"})
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of pairs fused."""
@@ -39,7 +39,7 @@ class FuseMatmulAdd(Pass):
                 continue
             for index in (0, 1):
                 product = edit.producer(node.inputs[index])
-                if product is not None and product.op == "MatMul" and product.is_onnx:
+                if product is not None and product.op in ("MatMul", "Gemm") and product.is_onnx:
                     reason = _objection(node, product, index, shapes, edit)
                     if reason is None:
                         break
@@ -50,7 +50,8 @@ class FuseMatmulAdd(Pass):
                 break
             result, addend = node.outputs[0], node.inputs[1 - index]
             node.outputs.clear()
-            new = Node("Gemm", product.name, {}, [*product.inputs, addend], [result])
+            attributes = {name: value for name, value in product.attrs.items() if name != "beta"}
+            new = Node("Gemm", product.name, attributes, [*product.inputs[:2], addend], [result])
             edit.insert_before(node, new, origin=(product, node))
             edit.erase(node)
             edit.erase(product)
@@ -64,7 +65,9 @@ def _objection(node: Node, product: Node, index: int, shapes: Shapes, edit: Edit
     between, addend = node.inputs[index], node.inputs[1 - index]
     if edit.sole_consumer(between) is not node or edit.graph_of(product) is not edit.graph_of(node):
         return f"{between.name!r} is read by others too"
-    if any(shapes.rank(t) != 2 for t in product.inputs):
+    if len(product.inputs) > 2 and product.inputs[2].name:
+        return f"{product.name!r} adds {product.inputs[2].name!r} already"
+    if any(shapes.rank(t) != 2 for t in product.inputs[:2]):
         return "an operand of the product is no matrix"
     dtype = shapes.dtype(between)
     if dtype is None or dtype.kind != "f":

@@ -71,9 +71,10 @@ def _objection(node: Node, reshape: Node | None, shapes: Shapes, edit: Editor) -
         return "no Reshape alone reads it"
     if node.attrs.get("transA", 0) or node.attrs.get("alpha", 1.0) != 1.0 or node.attrs.get("beta", 1.0) != 1.0:
         return "it does more than multiply and add"
-    if not edit.is_fixed(node.inputs[1]):
+    turned, weight = bool(node.attrs.get("transB", 0)), shapes.shape(node.inputs[1])
+    if turned and not edit.is_fixed(node.inputs[1]):
         return f"weight {node.inputs[1].name!r} is not constant"
-    if node.attrs.get("transB", 0) and not all(_reads_turned(n, node.inputs[1]) for n in node.inputs[1].outputs):
+    if turned and not all(_reads_turned(n, node.inputs[1]) for n in node.inputs[1].outputs):
         return f"weight {node.inputs[1].name!r} is shared with nodes that read it otherwise"
     bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
     if bias is not None and (not edit.is_fixed(bias) or bias.values.ndim > 1):
@@ -84,10 +85,9 @@ def _objection(node: Node, reshape: Node | None, shapes: Shapes, edit: Editor) -
     source, target = shapes.shape(before.nodes[-1].inputs[0]), shapes.shape(reshape.outputs[0])
     if source is None or target is None or len(source) != len(target) or len(source) < 3:
         return "the Reshapes around it differ in rank"
-    if len(node.inputs[1].shape) != 2:
+    if weight is None or len(weight) != 2:
         return f"weight {node.inputs[1].name!r} is no matrix"
-    width = node.inputs[1].shape[0 if node.attrs.get("transB", 0) else 1]
-    depth = node.inputs[1].shape[1 if node.attrs.get("transB", 0) else 0]
+    depth, width = reversed(weight) if turned else weight
     if source[-1] != depth or target[-1] != width:
         return "the Reshapes around it change the last axis"
     different = [(a, b) for a, b in zip(source[:-1], target[:-1], strict=True) if a != b]

@@ -4,6 +4,8 @@ SequenceAt(SequenceConstruct(t0, t1, ...), i)     = ti
 SequenceAt(SplitToSequence(x, sizes), i)          = output i of Split(x, sizes)
 SequenceAt(SplitToSequence(x), i)                 = Gather(x, i), with i as a scalar where keepdims is 0
 ConcatFromSequence(SequenceConstruct(t0, t1, ...)) = Concat(t0, t1, ...), of unsqueezed tensors where new_axis is 1
+SequenceLength(SequenceConstruct(t0, t1, ...))     = how many there are
+OptionalGetElement(Optional(x)) = x,  OptionalHasElement(Optional(x)) = true,  OptionalHasElement(Optional()) = false
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from graphopt.pass_base import Context, Pass
 
 @dataclass(frozen=True)
 class LowerSequences(Pass):
-    """Replace sequences whose elements are known one by one with the tensors they hold.
+    """Replace sequences whose elements are known one by one, and optionals, with the tensors they hold.
 
     Before:
         g (float[N,6] x) => (float[N,2] y, float[N,4] z)
@@ -36,20 +38,28 @@ class LowerSequences(Pass):
         { y, z = Split <axis = 1> (x, sizes) }
     """
 
-    ops: ClassVar[frozenset[str] | None] = frozenset({"SequenceAt", "ConcatFromSequence"})
+    ops: ClassVar[frozenset[str] | None] = frozenset(
+        {"SequenceAt", "ConcatFromSequence", "SequenceLength", "OptionalGetElement", "OptionalHasElement"}
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes that no longer read a sequence."""
         lowering = _Lowering(model, ctx)
+        rules = {
+            "SequenceAt": lowering.element,
+            "ConcatFromSequence": lowering.concat,
+            "SequenceLength": lowering.length,
+            "OptionalGetElement": lowering.content,
+            "OptionalHasElement": lowering.presence,
+        }
         for node in list(model.nodes()):
-            if node.op not in ("SequenceAt", "ConcatFromSequence") or not node.is_onnx:
-                continue
-            source = lowering.edit.producer(node.inputs[0])
-            if source is None or not source.is_onnx or not lowering.beside(source, node):
-                continue
-            reason = (
-                lowering.concat(node, source) if node.op == "ConcatFromSequence" else lowering.element(node, source)
+            rule = rules.get(node.op)
+            source = (
+                lowering.edit.producer(node.inputs[0]) if rule is not None and node.inputs and node.is_onnx else None
             )
+            if rule is None or source is None or not source.is_onnx or not lowering.beside(source, node):
+                continue
+            reason = rule(node, source)
             if reason is not None:
                 ctx.remark(node, reason)
         lowering.edit.commit()
@@ -104,6 +114,31 @@ class _Lowering:
             if id(source) not in self.parts:
                 self.parts[id(source)] = self.split(source, axis, sizes, node.outputs[0])
             self.replace(node, self.parts[id(source)][place])
+        return None
+
+    def length(self, node: Node, source: Node) -> str | None:
+        """Let a constant stand for the length of a sequence; returns the reason where it cannot."""
+        if source.op != "SequenceConstruct":
+            return f"what {source.op} makes is known at run time alone"
+        if self.ctx.admit():
+            self.replace(node, self.edit.constant(node.outputs[0].name, np.array(len(source.inputs), np.int64)))
+        return None
+
+    def content(self, node: Node, source: Node) -> str | None:
+        """Let what an Optional holds stand for itself; returns the reason where it cannot."""
+        if source.op != "Optional" or not any(t.name for t in source.inputs):
+            return f"whether {source.name!r} holds something is known at run time alone"
+        if self.ctx.admit():
+            self.replace(node, source.inputs[0])
+        return None
+
+    def presence(self, node: Node, source: Node) -> str | None:
+        """Let a constant say whether an Optional holds something; returns the reason where it cannot."""
+        if source.op != "Optional":
+            return f"whether {source.name!r} holds something is known at run time alone"
+        if self.ctx.admit():
+            holds = np.array(any(t.name for t in source.inputs))
+            self.replace(node, self.edit.constant(node.outputs[0].name, holds))
         return None
 
     def integers(self, tensor: gs.Tensor) -> list[int] | None:

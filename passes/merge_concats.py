@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.cuts import cut
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -191,37 +192,12 @@ def _adjacent_slices(
         if part is None or part.op != "Slice" or not part.is_onnx or edit.graph_of(part) is not edit.graph_of(node):
             return None
         source = source if source is not None else part.inputs[0]
-        bounds = _bounds(part, axis, shapes)
-        if part.inputs[0] is not source or bounds is None or (begin is not None and bounds[0] != at):
+        found = cut(part, shapes)
+        if part.inputs[0] is not source or found is None or found[0] != axis or (begin is not None and found[1] != at):
             return None
-        begin = bounds[0] if begin is None else begin
-        at = bounds[1]
+        begin = found[1] if begin is None else begin
+        at = found[2]
     if source is None or begin is None:
         return None
     shape = shapes.shape(source)
     return source, None if shape is not None and begin == 0 and at == shape[axis] else (begin, at)
-
-
-def _bounds(part: Node, axis: int, shapes: Shapes) -> tuple[int, int] | None:
-    """Start and end of a Slice along `axis` alone, by step 1, where the size of the axis is a number."""
-    shape = shapes.shape(part.inputs[0])
-    if shape is None:
-        return None
-    if "starts" in part.attrs:
-        starts, ends = list(part.attrs["starts"]), list(part.attrs["ends"])
-        axes, steps = list(part.attrs.get("axes") or range(len(starts))), [1]
-    else:
-        known = [shapes.integers(t) if t.name else np.empty(0) for t in part.inputs[1:5]]
-        if any(k is None for k in known):
-            return None
-        lists = [[int(v) for v in k.reshape(-1)] for k in known if k is not None]
-        starts, ends = lists[0], lists[1]
-        axes = (lists[2] if len(lists) > 2 else []) or list(range(len(starts)))
-        steps = (lists[3] if len(lists) > 3 else []) or [1]
-    if len(starts) != 1 or steps != [1] or int(axes[0]) % len(shape) != axis:
-        return None
-    size = shape[axis]
-    if not isinstance(size, int):
-        return None
-    start, end, _ = slice(starts[0], ends[0]).indices(size)
-    return (start, end) if start < end else None

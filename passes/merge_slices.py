@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from graphopt.analyses.cuts import slice_bounds
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -85,16 +86,9 @@ def _is_slice(node: Node) -> bool:
 def _cuts(node: Node, shapes: Shapes) -> dict[int, Cut] | None:
     """The bounds by axis, counted from 0; None where one is not known."""
     rank = shapes.rank(node.inputs[0])
-    if "starts" in node.attrs:
-        given: list[Any] = [node.attrs["starts"], node.attrs["ends"], node.attrs.get("axes"), None]
-    else:
-        given = [None] * 4
-        for place, tensor in enumerate(node.inputs[1:5]):
-            if tensor.name:
-                known = shapes.integers(tensor)
-                if known is None:
-                    return None
-                given[place] = known.reshape(-1).tolist()
+    given: Any = slice_bounds(node, shapes)
+    if given is None:
+        return None
     starts, ends, axes, steps = given
     axes = list(range(len(starts))) if axes is None else [int(a) for a in axes]
     if rank is None and min(axes, default=0) < 0:

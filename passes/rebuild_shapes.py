@@ -54,6 +54,7 @@ class RebuildShapes(Pass):
         rebuilt = 0
         for node in list(graph.nodes):
             if node.op == "Shape" and node.is_onnx:
+                rebuilt += self._source(node, found, edit, ctx)
                 found.offer_shape(node)
             elif node.is_onnx and len(node.outputs) == 1 and not (node.op == "Slice" and opset < 15):
                 rebuilt += self._node(node, found, shapes, edit, ctx)
@@ -61,18 +62,41 @@ class RebuildShapes(Pass):
                 found.offer(tensor, self.max_rank)
         return rebuilt
 
+    def _source(self, node: Node, found: _Known, edit: Editor, ctx: Context) -> int:
+        """Read the shape of a value that nothing but shapes is read off, from a tensor that has it anyway."""
+        source = node.inputs[0]
+        made = edit.producer(source)
+        if made is None or edit.is_output(source) or any(n.op != "Shape" for n in source.outputs):
+            return 0
+        shape = found.analysis.shape(source)
+        if shape is None or not any(isinstance(d, Expr) for d in shape):
+            return 0
+        other = found.tensors.get(shape)
+        if other is None or other[0] is source:
+            return 0
+        tensor, start, end, rank = other
+        if ((start, end) != (0, rank) and node.attrs) or not ctx.admit():
+            return 0
+        node.inputs[0] = tensor
+        if (start, end) != (0, rank):
+            node.attrs.update(start=start, end=end)
+        return 1
+
+    def _frees(self, node: Node, edit: Editor) -> bool:
+        """Whether a Shape in the place of `node`, whose result a graph returns, leaves fewer nodes."""
+        if edit.graph_of(node) is not edit.output_of(node.outputs[0]):
+            return False
+        return any(edit.producer(t) is not None and edit.sole_consumer(t) is node for t in node.inputs)
+
     def _node(self, node: Node, found: _Known, shapes: Shapes, edit: Editor, ctx: Context) -> int:
         result = node.outputs[0]
         info = shapes.info(result)
-        if (
-            info.value is None
-            or info.value.ndim != 1
-            or info.dtype != np.int64
-            or not result.outputs
-            or edit.is_output(result)
-        ):
+        returned = edit.is_output(result)
+        if info.value is None or info.value.ndim != 1 or info.dtype != np.int64 or not (result.outputs or returned):
             return 0
         key = tuple(info.value)
+        if returned and not (key in found.tensors and self._frees(node, edit)):
+            return 0
         if (key not in found.tensors and key not in found.shapes) or not ctx.admit():
             return 0
         value = edit.variable(result.name, result)
@@ -88,6 +112,8 @@ class RebuildShapes(Pass):
             made = Node("Slice", f"{node.name}_slice", {}, [source, *bounds], [value])
         edit.insert_before(node, made)
         edit.replace_uses(result, value)
+        if returned:
+            edit.erase(node)
         return 1
 
 

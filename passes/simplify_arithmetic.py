@@ -3,7 +3,7 @@
     x + 0 = x                               but -0.0 + 0.0 is 0.0, so the class is B
     (x + c) + d = x + (c + d)               and with - for +
     (x * c) * d = x * (c * d)               and with / by a constant for *
-    a + -b = a - b,  a - -b = a + b,  --a = a
+    a + -b = a - b,  a - -b = a + b,  --a = a,  sum(a, b) = a + b
 
 The constants are combined in float64 and rounded once. They are left alone where the order matters beyond a rounding: sums that
 cancel, and factors so large or small that x * c could overflow or vanish where x * (c * d) does not. Integers wrap around either way,
@@ -53,9 +53,9 @@ class SimplifyArithmetic(Pass):
         edit = Editor(model)
         total = 0
         for node in list(model.nodes()):
-            if node.op not in ("Add", "Sub", "Mul", "Div", "Neg") or not node.is_onnx or model.opset < 7:
+            if node.op not in ("Add", "Sub", "Mul", "Div", "Neg", "Sum") or not node.is_onnx or model.opset < 7:
                 continue
-            for rule in (_without_zero, _double_sign, _combined):
+            for rule in (_of_two, _without_zero, _double_sign, _combined):
                 found = rule(node, shapes, edit)
                 if isinstance(found, str):
                     ctx.remark(node, found)
@@ -96,6 +96,10 @@ def _made_by(tensor: gs.Tensor, ops: tuple[str, ...], node: Node, edit: Editor) 
     if found is None or found.op not in ops or not found.is_onnx or edit.sole_consumer(tensor) is not node:
         return None
     return found if edit.graph_of(found) is edit.graph_of(node) else None
+
+
+def _of_two(node: Node, shapes: Shapes, edit: Editor) -> Found:
+    return ("Add", list(node.inputs)) if node.op == "Sum" and len(node.inputs) == 2 else None
 
 
 def _without_zero(node: Node, shapes: Shapes, edit: Editor) -> Found:

@@ -2,13 +2,15 @@
 
 not not x = x                   where(not c, a, b) = where(c, b, a)         where(c, a, a) = a
 where(c, where(c, a, b), d) = where(c, a, d)    where(c, a, where(c, b, d)) = where(c, a, d)    where the result keeps its shape
-x and true = x or false = x     for a boolean x: (x == true) = x, (x == false) = not x
+x and true = x or false = x xor false = x       x xor true = not x      x and false = false, x or true = true, where the shape is known
+where(c, true, false) = c       where(c, false, true) = not c       for a boolean x: (x == true) = x, (x == false) = not x
 not (a < b) = a >= b            for integers; a float may be NaN, of which every comparison is false
 cast(x) == 1 is x               for a boolean x; cast(x) == 0 is not x
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,6 +23,7 @@ from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass
 
+_MOST: Final = 1 << 10  # elements of a mask that is stored
 _OPPOSITE: Final = {
     "Less": "GreaterOrEqual",
     "GreaterOrEqual": "Less",
@@ -125,6 +128,12 @@ def _where(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
         branches[index] = nested.inputs[1 + index]
         if any(shapes.shape(t) == result for t in (condition, *branches)):
             return "Where", [condition, *branches]
+    if all(edit.is_fixed(t) and t.dtype == np.bool_ and t.values.size for t in (a, b)) and result is not None:
+        first, second = a.values, b.values
+        if first.all() and not second.any() and shapes.shape(condition) == result:
+            return condition
+        if second.all() and not first.any() and shapes.shape(condition) == result:
+            return "Not", [condition]
     chosen: gs.Tensor | None = a if a is b else None
     if chosen is None and edit.is_fixed(condition) and condition.values.size:
         chosen = a if bool(condition.values.all()) else b if not condition.values.any() else None
@@ -164,6 +173,23 @@ def _and_or(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
         constant, mask = node.inputs[1 - index], node.inputs[index]
         if edit.is_fixed(constant) and constant.values.size and bool((constant.values == neutral).all()):
             return mask if result is not None and result == shapes.shape(mask) else None
+        if edit.is_fixed(constant) and constant.values.size and bool((constant.values != neutral).all()):
+            numbers = [d for d in result or () if isinstance(d, int)]
+            if result is None or len(numbers) < len(result) or math.prod(numbers) > _MOST:
+                return None
+            return edit.constant(node.outputs[0].name, np.full(numbers, not neutral))
+    return None
+
+
+def _xor(node: Node, shapes: Shapes, edit: Editor, opset: int) -> Found:
+    result = shapes.shape(node.outputs[0])
+    for index in (0, 1):
+        constant, mask = node.inputs[1 - index], node.inputs[index]
+        if edit.is_fixed(constant) and constant.values.size and result is not None and result == shapes.shape(mask):
+            if constant.values.all():
+                return "Not", [mask]
+            if not constant.values.any():
+                return mask
     return None
 
 
@@ -173,4 +199,5 @@ _RULES: Final[dict[str, Rule]] = {
     "Equal": _equal,
     "And": _and_or,
     "Or": _and_or,
+    "Xor": _xor,
 }

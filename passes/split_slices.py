@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.cuts import cut
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -38,9 +39,9 @@ class SplitSlices(Pass):
         made = 0
         groups: dict[tuple[int, int, int], list[tuple[int, int, Node]]] = {}
         for node in model.nodes():
-            cut = _cut(node, shapes)
-            if cut is not None:
-                axis, start, end = cut
+            found = cut(node, shapes)
+            if found is not None:
+                axis, start, end = found
                 key = (id(edit.graph_of(node)), id(node.inputs[0]), axis)
                 groups.setdefault(key, []).append((start, end, node))
         for (_, _, axis), parts in groups.items():
@@ -66,34 +67,6 @@ class SplitSlices(Pass):
             made += 1
         edit.commit()
         return made
-
-
-def _cut(node: Node, shapes: Shapes) -> tuple[int, int, int] | None:
-    """Axis, start and end of a Slice along one axis whose size is a number, by step 1; bounds brought into 0..size."""
-    shape = shapes.shape(node.inputs[0]) if node.op == "Slice" and node.is_onnx else None
-    if shape is None:
-        return None
-    if "starts" in node.attrs:
-        starts, ends = list(node.attrs["starts"]), list(node.attrs["ends"])
-        axes, steps = list(node.attrs.get("axes") or range(len(starts))), [1]
-    else:
-        known = [shapes.integers(t) if t.name else np.empty(0) for t in node.inputs[1:5]]
-        if any(k is None for k in known):
-            return None
-        lists = [[int(v) for v in k.reshape(-1)] for k in known if k is not None]
-        starts, ends = lists[0], lists[1]
-        axes = (lists[2] if len(lists) > 2 else []) or list(range(len(starts)))
-        steps = (lists[3] if len(lists) > 3 else []) or [1]
-    if len(starts) != 1 or steps != [1]:
-        return None
-    if not shape:  # a scalar, which cannot be sliced
-        return None
-    axis = int(axes[0]) % len(shape)
-    size = shape[axis]
-    if not isinstance(size, int):
-        return None
-    start, end, _ = slice(starts[0], ends[0]).indices(size)
-    return (axis, start, end) if start < end else None
 
 
 def _tiles(parts: list[tuple[int, int, Node]], axis: int, shapes: Shapes) -> list[Node] | None:

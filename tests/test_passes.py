@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -100,6 +102,21 @@ ALL = [case for path in sorted(CASES.glob("*.txt")) for case in cases(path)]
 def test_pass_of_level_2_has_as_many_cases_that_must_not_fire(name: str) -> None:
     found = [c.after is not None for c in cases(CASES / f"{name}.txt")]
     assert sum(found) <= len(found) - sum(found)
+
+
+@pytest.mark.parametrize("name", sorted({p.pass_name() for p in Pipeline.parse("O1,O2").passes}))
+def test_each_operator_that_a_rule_takes_away_has_as_many_cases_where_it_stays(name: str) -> None:
+    """Rules have no names, operators have: those that the pass's source speaks of, and fewer of which are left where it fires."""
+    source = (ROOT / "passes" / f"{name.replace('-', '_')}.py").read_text()
+    known = set(re.findall(r'"([A-Z]\w+)"', source))
+    taken, left = Counter[str](), Counter[str]()
+    for case in cases(CASES / f"{name}.txt"):
+        before = Counter(node.op for node in ir.parse(case.before).nodes())
+        if case.after is None:
+            left.update(set(before))
+        else:
+            taken.update(set(before - Counter(node.op for node in ir.parse(case.after).nodes())))
+    assert {op: (n, left[op]) for op, n in taken.items() if op in known and left[op] < n} == {}
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

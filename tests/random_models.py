@@ -162,8 +162,10 @@ class _Wide:
         shape = _broadcast(v.shape, other.shape)
         if shape is None or len(shape) > 5:
             return
-        ops = ["Add", "Sub", "Mul", "Max", "Min"] + (
-            ["Div", "Pow"] if v.dtype == FLOAT and other.name[0] == "k" else []
+        ops = (
+            ["Add", "Sub", "Mul", "Max", "Min"]
+            + (["Sum"] if v.dtype == FLOAT else [])
+            + (["Div", "Pow"] if v.dtype == FLOAT and other.name[0] == "k" else [])
         )
         operands = [v, other] if self.draw(st.booleans()) else [other, v]
         op = self.draw(st.sampled_from(ops))
@@ -455,6 +457,222 @@ class _Wide:
             fill = self.emit("ConstantOfShape", [shape], FLOAT, v.shape, value=number)
             if v.dtype == FLOAT:
                 self.emit(self.draw(st.sampled_from(["Add", "Mul"])), [v, fill], FLOAT, v.shape)
+
+    def do_cut_concat(self) -> None:
+        """What was joined is cut apart again: at the same places by Split, or somewhere by Slice or Gather."""
+        v = self.pick(lambda v: any(d in (1, 2, 3) for d in v.shape) and v.rank < 5)
+        if v is None:
+            return
+        axis = self.draw(st.sampled_from([a for a in v.fixed() if v.shape[a] in (1, 2, 3)]))
+        size, count = int(v.shape[axis]), self.draw(st.integers(2, 3))
+        parts = [v] + [
+            self.emit("Relu", [v], FLOAT, v.shape) if v.dtype == FLOAT and self.draw(st.booleans()) else v
+            for _ in range(count - 1)
+        ]
+
+        def wide(n: int) -> tuple[Dim, ...]:
+            return tuple(n if i == axis else d for i, d in enumerate(v.shape))
+
+        whole = self.emit("Concat", list(parts), v.dtype, wide(size * count), axis=axis)
+        match self.draw(st.sampled_from(["split", "slice", "gather"])):
+            case "split":
+                sizes = [size] * count if self.draw(st.booleans()) else [size, size * (count - 1)]
+                found = self.emit_all(
+                    "Split", [whole, self.ints(*sizes)], [(v.dtype, wide(n)) for n in sizes], axis=axis
+                )
+                if v.dtype == FLOAT:
+                    self.emit("Neg", [found[-1]], FLOAT, found[-1].shape)
+            case "slice":
+                start = self.draw(st.integers(0, size * count - 1))
+                end = self.draw(st.integers(start + 1, size * count))
+                last = end if end < size * count else 2**31 - 1
+                self.emit(
+                    "Slice", [whole, self.ints(start), self.ints(last), self.ints(axis)], v.dtype, wide(end - start)
+                )
+            case "gather":
+                at = self.draw(st.integers(-size * count, size * count - 1))
+                self.emit("Gather", [whole, self.ints(at, at)], v.dtype, wide(2), axis=axis)
+
+    def do_twice(self) -> None:
+        """Pad, Tile, Expand or Gather, and once more."""
+        v = self.pick(lambda v: 0 < v.rank < 4 and v.dtype == FLOAT and any(d in (2, 3, 4) for d in v.shape))
+        if v is None:
+            return
+        axis = self.draw(st.sampled_from([a for a in v.fixed() if v.shape[a] in (2, 3, 4)]))
+        size = int(v.shape[axis])
+
+        def sized(n: int) -> tuple[Dim, ...]:
+            return tuple(n if i == axis else d for i, d in enumerate(v.shape))
+
+        kind = self.draw(st.sampled_from(["Pad", "Tile", "Expand", "Gather"]))
+        mode = self.draw(st.sampled_from(["constant", "constant", "edge", "reflect"]))
+        for _ in range(2):
+            if kind == "Pad":
+                begin = self.draw(st.sampled_from([0, 1, 1, -1] if mode == "constant" else [0, 1]))
+                pads = [0] * (2 * v.rank)
+                pads[axis + v.rank * self.draw(st.integers(0, 1))] = begin
+                size += begin
+                operands: list[Value | str] = [v, self.ints(*pads)]
+                if mode == "constant" and self.draw(st.booleans()):
+                    operands.append(self.constant(np.float32(self.draw(st.sampled_from([0.0, 0.0, -0.0, 1.0])))))
+                v = self.emit("Pad", operands, FLOAT, sized(size), mode=mode)
+            elif kind == "Tile":
+                times = self.draw(st.integers(1, 2))
+                size *= times
+                v = self.emit(
+                    "Tile", [v, self.ints(*(times if i == axis else 1 for i in range(v.rank)))], FLOAT, sized(size)
+                )
+            elif kind == "Expand":
+                v = self.emit("Expand", [v, self.ints(2, *[1] * v.rank)], FLOAT, (2, *v.shape))
+                v = self.emit("Expand", [v, self.ints(*[1] * v.rank)], FLOAT, v.shape)
+                break
+            else:
+                chosen = self.draw(st.lists(st.integers(-size, size - 1), min_size=2, max_size=3))
+                chosen = list(range(size)) if self.draw(st.integers(0, 3)) == 0 else chosen
+                size = len(chosen)
+                v = self.emit("Gather", [v, self.ints(*chosen)], FLOAT, sized(size), axis=axis)
+
+    def do_take_one(self) -> None:
+        """One element of an axis, with the axis added or dropped behind."""
+        v = self.pick(lambda v: bool(v.fixed()) and 0 not in v.shape and v.rank > 1)
+        if v is None:
+            return
+        axis = self.draw(st.sampled_from(v.fixed()))
+        at = self.draw(st.integers(-int(v.shape[axis]), int(v.shape[axis]) - 1))
+        without, kept = (
+            (*v.shape[:axis], *v.shape[axis + 1 :]),
+            tuple(1 if i == axis else d for i, d in enumerate(v.shape)),
+        )
+        if self.draw(st.booleans()):
+            one = self.emit("Gather", [v, self.constant(np.array(at, np.int64))], v.dtype, without, axis=axis)
+            self.emit("Unsqueeze", [one, self.ints(axis)], v.dtype, kept)
+        else:
+            one = self.emit("Gather", [v, self.ints(at)], v.dtype, kept, axis=axis)
+            self.emit("Squeeze", [one, self.ints(axis)], v.dtype, without)
+
+    def do_reduce_again(self) -> None:
+        """Two axes, one by one; or one that has just come."""
+        v = self.pick(lambda v: 1 < v.rank < 5 and v.dtype == FLOAT and 0 not in v.shape)
+        if v is None:
+            return
+        op = self.draw(st.sampled_from(["ReduceMean", "ReduceMax", "ReduceSum", "ReduceMin", "ReduceL1", "ReduceL2"]))
+        keep = self.draw(st.integers(0, 1))
+        if self.draw(st.booleans()):
+            v = self.emit("Unsqueeze", [v, self.ints(1)], FLOAT, (v.shape[0], 1, *v.shape[1:]))
+        for _ in range(2):
+            if v.rank < 2:
+                return
+            shape = (v.shape[0], *(1,) * keep, *v.shape[2:])
+            if op == "ReduceSum" or self.opset >= 18:
+                v = self.emit(op, [v, self.ints(1)], FLOAT, shape, keepdims=keep)
+            else:
+                v = self.emit(op, [v], FLOAT, shape, keepdims=keep, axes=[1])
+            op = op if self.draw(st.integers(0, 3)) else "ReduceMax"
+
+    def do_masks(self) -> None:
+        """Masks and constant ones."""
+        v = self.pick(lambda v: v.dtype in (FLOAT, INT))
+        if v is None:
+            return
+        zero = self.constant(np.array(0, np.float32 if v.dtype == FLOAT else np.int64))
+        mask = self.emit("Greater", [v, zero], BOOL, v.shape)
+        for _ in range(2):
+            size = self.draw(
+                st.sampled_from([(), (1,) * v.rank, tuple(d if isinstance(d, int) else 1 for d in v.shape)])
+            )
+            fill = self.draw(
+                st.sampled_from([np.zeros, np.ones, np.zeros, np.ones, lambda n, t: self.rng.integers(0, 2, n) > 0])
+            )
+            k = self.constant(np.asarray(fill(size, bool)))
+            op = self.draw(st.sampled_from(["And", "Or", "Xor", "Equal"]))
+            mask = self.emit(op, [mask, k] if self.draw(st.booleans()) else [k, mask], BOOL, v.shape)
+        self.emit("Where", [mask, v, zero], v.dtype, v.shape)
+
+    def do_scores(self) -> None:
+        """The logarithm of a Softmax, the place of its largest, or a product with a reciprocal."""
+        v = self.pick(lambda v: v.rank > 0 and v.dtype == FLOAT and 0 not in v.shape)
+        if v is None:
+            return
+        bounded = self.emit("Sigmoid", [v], FLOAT, v.shape)
+        axis = self.axis(v)
+        match self.draw(st.sampled_from(["log", "largest", "reciprocal"])):
+            case "log":
+                self.emit("Log", [self.emit("Softmax", [bounded], FLOAT, v.shape, axis=axis)], FLOAT, v.shape)
+            case "largest":
+                whole = self.emit("Floor", [v], FLOAT, v.shape)
+                whole = self.emit(
+                    "Clip", [whole, self.constant(np.float32(-9)), self.constant(np.float32(9))], FLOAT, v.shape
+                )
+                scores = self.emit("Softmax", [whole], FLOAT, v.shape, axis=axis)
+                shape = tuple(1 if i == axis % v.rank else d for i, d in enumerate(v.shape))
+                self.emit("ArgMax", [scores], INT, shape, axis=axis)
+            case "reciprocal":
+                more = self.emit("Add", [bounded, self.constant(np.float32(0.5))], FLOAT, v.shape)
+                one = self.emit("Reciprocal", [more], FLOAT, v.shape)
+                self.emit("Mul", [one, v] if self.draw(st.booleans()) else [v, one], FLOAT, v.shape)
+
+    def do_rows(self) -> None:
+        """A product of rows between Reshapes, as exporters write that of more dimensions."""
+        v = self.pick(
+            lambda v: (
+                v.rank == 3
+                and v.dtype == FLOAT
+                and isinstance(v.shape[-1], int)
+                and 0 not in v.shape
+                and len(v.fixed()) > 1
+            )
+        )
+        if v is None:
+            return
+        depth, width = int(v.shape[-1]), self.draw(st.integers(1, 3))
+        lead = [d if isinstance(d, int) else -1 for d in v.shape[:-1]]
+        count: Dim = int(np.prod(lead)) if -1 not in lead else "?"
+        rows = self.emit("Reshape", [v, self.ints(-1, depth)], FLOAT, (count, depth))
+        product = self.emit("MatMul", [rows, self.floats(depth, width)], FLOAT, (count, width))
+        result = self.emit("Reshape", [product, self.ints(*lead, width)], FLOAT, (*v.shape[:-1], width))
+        self.values[:] = [w for w in self.values if "?" not in w.shape]
+        self.emit("Add", [result, self.floats(width)], FLOAT, result.shape)
+
+    def do_turned_product(self) -> None:
+        """A product of a value with itself, with Transposes around it."""
+        v = self.pick(lambda v: v.rank in (2, 3) and v.dtype == FLOAT and 0 not in v.shape)
+        if v is None:
+            return
+        swap = [*range(v.rank - 2), v.rank - 1, v.rank - 2]
+        turned = self.emit("Transpose", [v], FLOAT, tuple(v.shape[i] for i in swap), perm=swap)
+        if self.draw(st.booleans()):
+            other = self.emit("Transpose", [turned], FLOAT, v.shape, perm=swap)
+            operands = [turned, other] if self.draw(st.booleans()) else [other, turned]
+        else:
+            operands = [turned, v] if self.draw(st.booleans()) else [v, turned]
+        shape = (*operands[0].shape[:-1], operands[1].shape[-1])
+        product = self.emit("MatMul", list(operands), FLOAT, shape)
+        if self.draw(st.booleans()):
+            self.emit("Transpose", [product], FLOAT, tuple(shape[i] for i in swap), perm=swap)
+
+    def do_write_rows(self) -> None:
+        """ScatterND of all rows, in order or not."""
+        v = self.pick(lambda v: v.rank > 1 and v.dtype == FLOAT and v.shape[0] in (1, 2, 3) and 0 not in v.shape)
+        if v is None:
+            return
+        rows = list(range(int(v.shape[0])))
+        if self.draw(st.booleans()):
+            rows = rows[::-1]
+        new = self.emit("Neg", [v], FLOAT, v.shape)
+        self.emit("ScatterND", [v, self.constant(np.array(rows, np.int64).reshape(-1, 1)), new], FLOAT, v.shape)
+
+    def do_sequence(self) -> None:
+        """A sequence of two, one of them taken out, and its length."""
+        v = self.pick(lambda v: v.dtype == FLOAT)
+        if v is None or len(self.scopes) > 1:
+            return
+        other = self.emit("Neg", [v], FLOAT, v.shape)
+        name = f"s{self.number}"
+        self.scopes[-1][0].append(helper.make_node("SequenceConstruct", [v.name, other.name], [name]))
+        self.emit(
+            "SequenceAt", [name, self.constant(np.array(self.draw(st.integers(-2, 1)), np.int64))], FLOAT, v.shape
+        )
+        self.emit("SequenceLength", [name], INT, ())
 
     def do_repeat(self) -> None:
         """A node that is there already, once more."""

@@ -115,6 +115,35 @@ class Context:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a rule can fire: at a node of one of `ops` that stands beside others. Said for `graphopt explain` alone."""
+
+    ops: tuple[str, ...]
+    reads: tuple[str, ...] = ()  # one of its operands is computed by one of these
+    read_by: tuple[str, ...] = ()  # its first result is read by one of these
+    constant: bool = False  # one of its operands is constant
+    otherwise: str = ""  # what else lets the rule fire, whatever stands beside the node, as in "or have two operands"
+
+    def missing(self, node: gs.Node, edit: Editor) -> str | None:
+        """What `node`, of one of the operators, lacks beside it; None: nothing."""
+        sources = [(t, edit.producer(t)) for t in node.inputs if t.name]
+        if self.reads and not any(made is not None and made.op in self.reads for _, made in sources):
+            computed = [repr(t.name) if made is None else made.op for t, made in sources if not edit.is_fixed(t)]
+            found = ", ".join(dict.fromkeys(computed)) or "constants alone"
+            return f"it would have to read {' or '.join(self.reads)}, but reads {found}{self._other()}"
+        readers = [reader.op for reader in node.outputs[0].outputs] if node.outputs else []
+        if self.read_by and not any(op in self.read_by for op in readers):
+            found = ", ".join(dict.fromkeys(readers)) or "nothing"
+            return f"{' or '.join(self.read_by)} would have to read it, but {found} does{self._other()}"
+        if self.constant and not any(edit.is_fixed(t) for t, _ in sources):
+            return f"one of its operands would have to be constant{self._other()}"
+        return None
+
+    def _other(self) -> str:
+        return f" (or it would have to {self.otherwise})" if self.otherwise else ""
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base of all passes.
 
@@ -127,6 +156,8 @@ class Pass:
     exactness: ClassVar[Exactness] = Exactness.EXACT
     serves: ClassVar[tuple[str, ...]] = ()  # targets that it is made for, by `Target.family`; (): every one
     ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
+
+    places: ClassVar[tuple[Place, ...]] = ()  # where its rules can fire, as far as operators say so
 
     @property
     def rounds_to(self) -> str | None:
@@ -146,8 +177,11 @@ class Pass:
     def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
         """Why the pass does nothing to `node` in a model on which it has run, for `graphopt explain`; None: nothing to say.
 
-        A pass that knows more than the operators it looks for says more.
+        A pass that knows more than its operators and `places` says more.
         """
+        missing = [place.missing(node, edit) for place in cls.places if node.op in place.ops]
+        if missing and node.domain in (None, "", "ai.onnx") and None not in missing:
+            return "; or ".join(dict.fromkeys(text for text in missing if text))
         if cls.ops is None or node.op not in cls.ops:
             return None
         return f"looks at {node.op}, and found nothing to do. It is there to: {cls.summary()}"

@@ -18,7 +18,7 @@ from graphopt.analyses.cuts import cut
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _ALL: Final = 1 << 30  # an end beyond every axis
 
@@ -45,6 +45,7 @@ class BypassConcats(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Concat"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Split", "Slice", "Gather"), ("Concat",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of nodes that no longer read a Concat."""

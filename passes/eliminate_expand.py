@@ -15,7 +15,7 @@ from graphopt.analyses.channels_elementwise import BROADCASTING
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 # Not PRelu, whose slope alone broadcasts, nor Pow, which runtimes compute another way where the exponent is one number.
 _BROADCASTING: Final = frozenset(BROADCASTING) - {"PRelu", "Pow"}
@@ -36,6 +36,7 @@ class EliminateExpand(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Expand"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Expand",), read_by=tuple(sorted(_BROADCASTING))),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes removed."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from graphopt.edit import Editor
 from graphopt.ir import Model
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _ROUNDING: Final = ("Floor", "Ceil", "Round")
 
@@ -26,6 +26,12 @@ class EliminateIdempotent(Pass):
         { a = Floor (x)
           y = Exp (a) }
     """
+
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Abs",), ("Abs",)),
+        Place(("Sign",), ("Sign",)),
+        Place(_ROUNDING, _ROUNDING),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of nodes removed."""

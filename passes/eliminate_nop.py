@@ -185,13 +185,6 @@ def _scatter(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     return updates if start.item() == 0 and step.item() == 1 and limit.item() == rows else None
 
 
-def _pool(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
-    """The average of windows of one element."""
-    if any(int(k) != 1 for k in node.attrs["kernel_shape"]) or any(int(s) != 1 for s in node.attrs.get("strides", ())):
-        return None
-    return _if_same_shape(node, shapes, edit)
-
-
 def _upsample(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     scales = node.attrs.get("scales")
     if scales is None:
@@ -232,7 +225,6 @@ _RULES: Final[dict[str, Rule]] = {
     "Upsample": _upsample,
     "Gather": _gather,
     "ScatterND": _scatter,
-    "AveragePool": _pool,
     "Mul": _neutral(1, right_only=False),
     "Div": _neutral(1, right_only=True),
     "Pow": _neutral(1, right_only=True),
@@ -254,7 +246,6 @@ _NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
     "Upsample": "its scales were constant and 1",
     "Gather": "its indices were known and all of the axis, in order",
     "ScatterND": "it wrote every row once, in order, without a reduction",
-    "AveragePool": f"its windows and strides were of 1 element, and {_SHAPE}",
     **dict.fromkeys(
         ("Mul", "Div", "Pow"),
         "one operand (the right one of Div and Pow) were constant and 1 and did not broadcast the other",

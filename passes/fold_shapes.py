@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Expr
@@ -42,6 +43,19 @@ class FoldShapes(Pass):
         { r = Relu (x)
           y = Reshape (r, t) }
     """
+
+    @classmethod
+    def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
+        """Which number of a result that stands for a shape is not known."""
+        if not node.outputs or node.domain not in (None, "", "ai.onnx"):
+            return None
+        value = shapes.value(node.outputs[0])
+        if value is None:
+            return None
+        unknown = next((v for v in value.flat if isinstance(v, Expr)), None)
+        if unknown is None:
+            return f"its result {value.tolist()} is known, but a graph returns it"
+        return f"{unknown} in its result {[v if isinstance(v, int) else str(v) for v in value.flat]} is known at run time alone"
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of values and targets replaced."""

@@ -12,7 +12,7 @@ from typing import ClassVar
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FuseArgMax(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ArgMax"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("ArgMax",), ("Softmax", "LogSoftmax")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Softmax that are no longer asked."""

@@ -15,7 +15,7 @@ import numpy as np
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 
@@ -39,6 +39,7 @@ class FuseBnAffine(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"BatchNormalization"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("BatchNormalization",), read_by=("Mul", "Add", "Sub", "Div")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of operators folded."""

@@ -10,7 +10,7 @@ import numpy as np
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _RESHAPES = ("Squeeze", "Unsqueeze", "Reshape")
 
@@ -34,6 +34,7 @@ class FuseGatherUnsqueeze(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Gather"})
+    places: ClassVar[tuple[Place, ...]] = (Place(_RESHAPES, ("Gather",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of reshapes folded."""

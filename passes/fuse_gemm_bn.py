@@ -15,7 +15,7 @@ import numpy as np
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 
@@ -37,6 +37,7 @@ class FuseGemmBn(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"BatchNormalization"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("BatchNormalization",), ("Gemm", "MatMul")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of normalizations folded."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class FuseGemmTranspose(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Transpose",), read_by=("Gemm", "MatMul")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of operands whose Transpose was folded."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 _PRODUCTS: Final = ("MatMul", "Gemm")
@@ -41,6 +41,7 @@ class FuseLinearChain(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul", "Gemm", "Conv"})
+    places: ClassVar[tuple[Place, ...]] = (Place(_PRODUCTS, _PRODUCTS), Place(("Conv",), ("Conv",)))
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs fused."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class FuseMatmulAdd(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul", "Gemm"})
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("MatMul", "Gemm"), read_by=("Add",)),
+        Place(("Add",), ("MatMul", "Gemm")),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of pairs fused."""

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FuseReciprocal(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"Reciprocal", "Div"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Reciprocal", "Div"), read_by=("Mul",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of products replaced."""

@@ -13,7 +13,7 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.views import scalar
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class FuseReduceMean(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceSum"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("ReduceSum",), read_by=("Div", "Mul")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of means written."""

@@ -9,7 +9,7 @@ from graphopt.analyses.shape_rules import Shape
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _REDUCTIONS = frozenset(
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
@@ -34,6 +34,9 @@ class FuseReduceUnsqueeze(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Unsqueeze", "Squeeze", "Reshape", "Flatten"})
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Unsqueeze", "Squeeze", "Reshape", "Flatten"), tuple(sorted(_REDUCTIONS))),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of reshapes folded."""

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class FuseSliceSqueeze(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Slice", "Split"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Slice", "Split"), read_by=("Squeeze", "Reshape")),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Slices and Splits replaced."""

@@ -16,7 +16,7 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.views import follow, trace
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LowerGemm(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"Gemm", "MatMul"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Gemm", "MatMul"), ("Reshape",), ("Reshape",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of products rewritten."""

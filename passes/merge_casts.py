@@ -17,7 +17,7 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.errors import UnsupportedModel
 from graphopt.ir import Model, Node, numpy_dtype
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 # Significand bits and the wider types of each float.
 _FLOATS: Final = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}
@@ -46,6 +46,7 @@ class MergeCasts(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Cast"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Cast",), ("Cast",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of Casts that skip the one before."""

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class MergeClips(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Relu", "Clip", "Max", "Min"})
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Relu", "Clip"), ("Relu", "Clip")),
+        Place(("Max",), ("Max",)),
+        Place(("Min",), ("Min",)),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of links removed."""

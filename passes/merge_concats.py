@@ -12,7 +12,7 @@ from graphopt.analyses.cuts import cut
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class MergeConcats(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Concat"})
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Concat",), ("Concat", "Split", "Slice"), otherwise="read something empty"),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of rewrites."""

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 Array = np.ndarray[Any, Any]
 _MOST = (1 << 63) - 1  # an int64
@@ -39,6 +39,7 @@ class MergeExpands(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Expand", "Tile"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Expand",), ("Expand",)), Place(("Tile",), ("Tile",)))
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs merged."""

@@ -10,7 +10,7 @@ import numpy as np
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class MergeGathers(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Gather"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Gather",), ("Gather",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs merged."""

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +35,7 @@ class MergePads(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Pad"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Pad",), ("Pad",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs merged."""

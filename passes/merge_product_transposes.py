@@ -18,7 +18,7 @@ from graphopt.analyses.layouts import permutation
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Perm = tuple[int, ...]
 
@@ -45,6 +45,7 @@ class MergeProductTransposes(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"MatMul"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("MatMul",), ("Transpose",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of products rewritten."""

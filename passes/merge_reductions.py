@@ -1,6 +1,6 @@
 """A reduction of one element, and a reduction of a reduction:
 
-    reduce(x) over axes of size 1 = x, without these axes        for sums, means, products, maxima and minima
+    reduce(x) over axes of size 1 = x, without these axes        for sums, means, products, maxima and minima, and averages of a window of one
     reduce(reduce(x, A), B) = reduce(x, A and B)                 for these, and for L1 and L2 norms and log-sum-exp
 
 A sum of one number begins with 0 in some runtimes, for which -0.0 becomes 0.0, and sums in another order round otherwise: class B.
@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 _OF_ONE: Final = ("ReduceSum", "ReduceMean", "ReduceProd", "ReduceMax", "ReduceMin")
 _MERGE: Final = (*_OF_ONE, "ReduceL1", "ReduceL2", "ReduceLogSumExp")
@@ -42,13 +42,22 @@ class MergeReductions(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
-    ops: ClassVar[frozenset[str] | None] = frozenset(_MERGE)
+    ops: ClassVar[frozenset[str] | None] = frozenset((*_MERGE, "AveragePool"))
+    places: ClassVar[tuple[Place, ...]] = (
+        *(Place((op,), (op,), otherwise="reduce axes of one element alone") for op in _MERGE),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of reductions that went."""
         shapes, edit = ctx.analysis(Shapes, model), Editor(model)
         merged = 0
         for node in list(model.nodes()):
+            if node.op == "AveragePool" and node.is_onnx and _is_whole(node, shapes):
+                if not ctx.admit():
+                    break
+                edit.replace_node(node, [node.inputs[0]])
+                merged += 1
+                continue
             if node.op not in _MERGE or not node.is_onnx:
                 continue
             axes = _axes(node, shapes)
@@ -75,6 +84,13 @@ class MergeReductions(Pass):
             merged += 1
         edit.commit()
         return merged
+
+
+def _is_whole(node: Node, shapes: Shapes) -> bool:
+    """Whether an AveragePool averages each element alone."""
+    shape = shapes.shape(node.inputs[0])
+    ones = all(int(n) == 1 for name in ("kernel_shape", "strides") for n in node.attrs.get(name, ()))
+    return ones and shape is not None and shape == shapes.shape(node.outputs[0])
 
 
 def _axes(node: Node, shapes: Shapes) -> list[int] | None:

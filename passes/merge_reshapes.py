@@ -9,7 +9,7 @@ not, or where the original has it too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -19,7 +19,7 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Expr, is_positive, product
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _FAMILY: Final = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
@@ -44,6 +44,8 @@ class MergeReshapes(Pass):
           b = Reshape (r, back)
           y = Exp (b) }
     """
+
+    places: ClassVar[tuple[Place, ...]] = (Place(_FAMILY, _FAMILY),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of links removed."""

@@ -11,7 +11,7 @@ from graphopt.analyses.cuts import slice_bounds
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _END: Final = 1 << 62  # an end, or with a minus a begin, beyond every dimension
 
@@ -38,6 +38,7 @@ class MergeSlices(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Slice"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Slice",), ("Slice",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of pairs merged."""

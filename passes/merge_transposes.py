@@ -9,7 +9,7 @@ from graphopt.analyses.layouts import compose, identity, permutation
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class MergeTransposes(Pass):
     """
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Transpose"})
+    places: ClassVar[tuple[Place, ...]] = (Place(("Transpose",), ("Transpose",)),)
 
     def run(self, model: Model, ctx: Context) -> int:
         """Sweep until nothing changes: a pair that cancels may free the first of another; returns the number of pairs."""

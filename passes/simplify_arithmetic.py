@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 
@@ -46,6 +46,12 @@ class SimplifyArithmetic(Pass):
     """
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Add", "Sub"), ("Add", "Sub", "Neg")),
+        Place(("Mul", "Div"), ("Mul", "Div")),
+        Place(("Neg",), ("Neg",)),
+        Place(("Sum",), otherwise="have two operands"),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of nodes removed."""

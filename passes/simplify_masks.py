@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass
+from graphopt.pass_base import Context, Pass, Place
 
 _MOST: Final = 1 << 10  # elements of a mask that is stored
 _OPPOSITE: Final = {
@@ -46,6 +46,12 @@ class SimplifyMasks(Pass):
         { w = Where (c, b, a)
           y = Exp (w) }
     """
+
+    places: ClassVar[tuple[Place, ...]] = (
+        Place(("Not",), ("Not", *_OPPOSITE)),
+        Place(("Where",), ("Not", "Where"), otherwise="choose between equal values"),
+        Place(("Where", "Equal", "And", "Or", "Xor"), constant=True),
+    )
 
     def run(self, model: Model, ctx: Context) -> int:
         """Sweeps in topological order until nothing changes; returns the number of rewrites."""

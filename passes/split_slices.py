@@ -32,6 +32,20 @@ class SplitSlices(Pass):
 
     ops: ClassVar[frozenset[str] | None] = frozenset({"Slice"})
 
+    @classmethod
+    def objection(cls, node: gs.Node, edit: Editor, shapes: Shapes) -> str | None:
+        """What the Slices of the same tensor leave out, or where they overlap."""
+        if node.op != "Slice" or node.domain not in (None, "", "ai.onnx"):
+            return None
+        found = cut(node, shapes)
+        if found is None:
+            return "it does not cut one axis of known rank, by step 1 and bounds that are known"
+        axis, source = found[0], node.inputs[0]
+        cuts = [other for reader in source.outputs if (other := cut(reader, shapes)) is not None and other[0] == axis]
+        parts = ", ".join(f"{start}:{end}" for _, start, end in sorted(cuts))
+        size = (shapes.shape(source) or {axis: "?"})[axis]
+        return f"the Slices of {source.name!r} along axis {axis}, which has {size} elements, do not tile it: {parts}"
+
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of Splits made."""
         shapes = ctx.analysis(Shapes, model)

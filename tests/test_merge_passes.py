@@ -45,7 +45,7 @@ def check(case: Case) -> None:
 def same_numbers(before: ir.Model, after: ir.Model, allowed: float, special: bool) -> None:
     """Equal outputs for several values of the dynamic dimensions, 0 among them, with NaN, infinities and -0.0 where `special`."""
     first, second = Evaluator(before), Evaluator(after)
-    assert first.engine == second.engine
+    assert first.engine in (second.engine, "reference")  # what is left may be what ONNX Runtime, too, can run
     symbols = sorted({d for s in before.inputs for d in s.shape or () if isinstance(d, str)})
     ran = 0
     for seed, size in enumerate((0, 1, 2, 5, 7)):
@@ -85,6 +85,7 @@ MOVING = [
     "fuse-slice-squeeze",
     "merge-concats",
 ]
+MOVING += ["bypass-concats", "merge-pads", "merge-gathers", "merge-expands", "fuse-gather-unsqueeze", "eliminate-nop"]
 MOVING += ["merge-casts", "merge-clips", "eliminate-idempotent", "simplify-masks"]
 
 

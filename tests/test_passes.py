@@ -19,6 +19,7 @@ from graphs import CASES, Case, canonical, cases
 
 from graphopt import equivalence, ir, verify
 from graphopt.discovery import find_pass, pass_modules
+from graphopt.edit import Editor
 from graphopt.errors import InvalidModel, UnsupportedModel
 from graphopt.evaluate import Evaluator, evaluate_node
 from graphopt.instruments import FullCheck, Verify
@@ -141,6 +142,20 @@ def test_every_pass_has_cases_that_fire_and_cases_that_must_not() -> None:
 
     assert [name for name in NAMES if not of(name, fires=False)] == []
     assert [name for name in NAMES if not of(name, fires=True)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if find_pass(name).places])
+def test_places_that_explain_tells_of_are_where_the_pass_fires(name: str) -> None:
+    for case in cases(CASES / f"{name}.txt"):
+        model = ir.parse(case.before)
+        edit, nodes = Editor(model), list(model.nodes())
+        held = [
+            n
+            for place in find_pass(name).places
+            for n in nodes
+            if n.op in place.ops and (place.otherwise or not place.missing(n, edit))
+        ]
+        assert case.after is None or held, case.name
 
 
 # ------------------------------------------------------------------------------ what the text form of ONNX cannot say

@@ -137,7 +137,8 @@ class Place:
             return f"{' or '.join(self.read_by)} would have to read it, but {found} does{self._other()}"
         if self.constant and not any(edit.is_fixed(t) for t, _ in sources):
             return f"one of its operands would have to be constant{self._other()}"
-        return None
+        beside = self.reads or self.read_by or self.constant
+        return None if beside or not self.otherwise else f"it would have to {self.otherwise}"
 
     def _other(self) -> str:
         return f" (or it would have to {self.otherwise})" if self.otherwise else ""

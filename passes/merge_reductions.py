@@ -45,6 +45,7 @@ class MergeReductions(Pass):
     ops: ClassVar[frozenset[str] | None] = frozenset((*_MERGE, "AveragePool"))
     places: ClassVar[tuple[Place, ...]] = (
         *(Place((op,), (op,), otherwise="reduce axes of one element alone") for op in _MERGE),
+        Place(("AveragePool",), otherwise="have windows and strides of one element"),
     )
 
     def run(self, model: Model, ctx: Context) -> int:

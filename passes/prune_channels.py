@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Final, Literal
 import numpy as np
 
 from graphopt import equivalence
-from graphopt.analyses import allocation, gradients, latency
+from graphopt.analyses import allocation, calibration, gradients, latency
 from graphopt.analyses import prune_report as report
 from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, channel_groups
 from graphopt.analyses.cut import Cut
@@ -40,6 +40,7 @@ Array = np.ndarray[Any, Any]
 
 _ATTEMPTS: Final = 5  # at the latency that was asked for
 _MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
+_ENOUGH: Final = 8  # samples to measure on: where time is too short for these, damage is measured at one width
 _MEASURING: Final = 1e12  # multiply-accumulates that measuring may take
 _ALIGNMENT: Final = (
     8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
@@ -47,7 +48,9 @@ _ALIGNMENT: Final = (
 _OVERSHOOT: Final = 0.04  # of the cost: more is not removed only for the sake of widths that the hardware likes
 _MEMORY: Final = 1 << 31  # bytes of activations
 _BATCH: Final = 32
+_AT_ONCE: Final = 1 << 26  # bytes of activations that are alive for the samples of one call
 _GRADIENTS: Final = 128  # samples
+_JUDGED: Final = 6  # of what measuring may take, one part in so many is for the errors that are reported
 _RECORD: Final = "graphopt.prune-channels"  # metadata: what the model cost before it was first pruned
 
 
@@ -121,13 +124,14 @@ class PruneChannels(Pass):
             raise UserError(
                 "prune-channels: target=latency needs a target that runs here; build for ort:cpu, or take target=macs"
             )
-        feeds = _feeds(ctx, groups, self.samples)
+        feeds = _feeds(ctx, model, self.samples)
         if not feeds:
             ctx.remark(None, "no calibration data: norms of weights decide, and nothing is repaired")
         original, cut = model.clone(), Cut()
         removed = 0
         fits: list[Fit] = []
         plain = math.nan
+        judge = _Judge(original, _some(ctx, original, _JUDGED, feeds)[: max(1, 256 // _size(feeds))]) if feeds else None
         for number in range(self.rounds):
             if number:
                 groups = channel_groups(model, heads=self.heads)
@@ -143,9 +147,9 @@ class PruneChannels(Pass):
                 fold(model, groups, gone)
                 groups = channel_groups(model, heads=self.heads)  # numbered as before
             cut.apply(model, groups, gone, blocks)
-            if feeds and self.repair:
+            if judge is not None and self.repair:
                 if number == self.rounds - 1:
-                    plain = _distance(original, model, feeds)
+                    plain = judge.distance(model)
                 told = functools.partial(ctx.progress, "fitting layers")
                 stands = cut.stands
                 fits = fit_to(
@@ -154,7 +158,16 @@ class PruneChannels(Pass):
                 cleanup(model)
         if not removed:
             return 0
-        self._report(ctx, model, original, cut, fits, feeds, plain, reached)
+        self._report(
+            ctx,
+            model,
+            original,
+            cut,
+            fits,
+            feeds,
+            (plain, math.nan if judge is None else judge.distance(model)),
+            reached,
+        )
         return removed
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -193,7 +206,7 @@ class PruneChannels(Pass):
         if key not in memo:
             curves, costs = self._curves(groups, feeds, ctx)
             if blocks:
-                some = self._some(groups, 3 * len(blocks), feeds)
+                some = _some(ctx, model, 3 * len(blocks), feeds)
                 step = functools.partial(ctx.progress, "measuring blocks")
                 lines = chains(model, blocks)
                 for order, errors in allocation.measure_blocks(
@@ -213,23 +226,24 @@ class PruneChannels(Pass):
         most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
         curves = []
         found, order = families(groups), selector(self.importance)
-        several = feeds[: max(1, _GRADIENTS // _BATCH)]
+        several = feeds[: max(1, _GRADIENTS // _size(feeds))] if feeds else []
         told = functools.cache(lambda: gradients.squares(groups, several, ctx.evaluate, ctx.seed)) if feeds else None
+        marks: tuple[float, ...] = _MEASURED if feeds else ()
+        if marks and len(found) * len(marks) * _ENOUGH * _effort(ctx, groups.model) > _MEASURING:
+            marks = marks[1:2]
         for number, family in enumerate(found):
             classes = set(family.classes)
             mine = [site for site in readers if classes.intersection(site.owner.tolist())]
             limits = {g: most[g] for g in family.groups}
             if any(limits.values()):
-                marks = _MEASURED if feeds else ()
                 line = curve(groups, family, mine, order, seed=ctx.seed, most=limits, samples=marks, gradients=told)
                 curves.append(line)
             ctx.progress("ordering channels", number + 1, len(found))
         if not feeds:
             return curves, [allocation.damages(line, []) for line in curves]
         step = functools.partial(ctx.progress, "measuring cuts")
-        points = allocation.measure(
-            groups, curves, self._some(groups, sum(len(c.weights) for c in curves), feeds), step
-        )
+        some = _some(ctx, groups.model, sum(len(c.weights) for c in curves), feeds)
+        points = allocation.measure(groups, curves, some, step)
         return curves, [allocation.damages(line, at) for line, at in zip(curves, points, strict=True)]
 
     def _choose(
@@ -313,13 +327,6 @@ class PruneChannels(Pass):
             + "".join(f"; {reason}" for reason in groups.blocked()[:3])
         )
 
-    def _some(self, groups: ChannelGroups, runs: int, feeds: Feeds) -> Feeds:
-        """As many samples as can be measured on in bounded time."""
-        first = next(iter(feeds[0].values()))
-        size = max(1, len(first) if first.ndim else 1)
-        samples = _MEASURING / max(1.0, (runs + 1) * groups.cost_model("macs").total())
-        return feeds[: max(1, math.floor(samples / size))]
-
     # ------------------------------------------------------------------------------------------------------ report
 
     def _reached(self, model: Model, groups: ChannelGroups) -> float:
@@ -356,7 +363,7 @@ class PruneChannels(Pass):
         cut: Cut,
         fits: Sequence[Fit],
         feeds: Feeds,
-        plain: float,
+        errors: tuple[float, float],
         reached: float,
     ) -> None:
         first, last = channel_groups(original, heads=self.heads), channel_groups(model, heads=self.heads)
@@ -391,7 +398,7 @@ class PruneChannels(Pass):
             ctx.remark(None, f"{seconds[0] * 1e3:.3f} -> {seconds[1] * 1e3:.3f} ms a sample ({_change(seconds)})")
         self._record(model, original, share)
         if feeds:
-            after = _distance(original, model, feeds)
+            plain, after = errors
             told["error"] = {"sliced": None if math.isnan(plain) else plain, "repaired": after}
             middle = "" if math.isnan(plain) else f"{plain:.3g} before repair, "
             ctx.remark(
@@ -412,16 +419,50 @@ def _one_sample(ctx: Context, model: Model, feeds: Feeds) -> dict[str, Array]:
     return equivalence.generate_inputs(model.inputs, seed=ctx.seed)
 
 
-def _feeds(ctx: Context, groups: ChannelGroups, most: int) -> Feeds:
+def _feeds(ctx: Context, model: Model, most: int) -> Feeds:
     """The samples, no more than two models side by side can hold in `_MEMORY` bytes."""
     if ctx.data is None:
         return []
-    room = max(2, _MEMORY // max(1, 2 * live_bytes(groups.model, groups.shapes)))
+    each = max(1, live_bytes(model, next(iter(ctx.data.feeds(1, 1)), {})))
+    room = max(2, _MEMORY // (2 * each))
     if room < most and (ctx.data.count is None or room < ctx.data.count):
         ctx.remark(None, f"{room} samples are read, for more their activations would need over {_MEMORY >> 20} MiB")
-    return list(ctx.data.feeds(min(_BATCH, room), min(room, most)))
+    return list(ctx.data.feeds(max(1, min(_BATCH, room, _AT_ONCE // each)), min(room, most)))
 
 
-def _distance(original: Model, model: Model, feeds: Feeds) -> float:
-    some = feeds[: max(1, 256 // _BATCH)]
-    return allocation.distance(allocation.outputs(original, some), allocation.outputs(model, some))
+def _size(feeds: Feeds) -> int:
+    """Samples of a call."""
+    first = next(iter(feeds[0].values()))
+    return max(1, len(first) if first.ndim else 1)
+
+
+def _effort(ctx: Context, model: Model) -> int:
+    """Multiply-accumulates of a sample."""
+    assert ctx.data is not None
+    return max(1, calibration.effort(model, ctx.data).macs)
+
+
+def _some(ctx: Context, model: Model, runs: int, feeds: Feeds) -> Feeds:
+    """As many samples as the model can be run on so often in bounded time."""
+    assert ctx.data is not None
+    count = max(1, math.floor(_MEASURING / ((runs + 1) * _effort(ctx, model))))
+    if count >= _size(feeds):
+        return feeds[: count // _size(feeds)]
+    found: list[dict[str, Array]] = []
+    for feed in ctx.data.feeds(-(-count // 2), count):
+        found.append(feed)
+        if len(found) * _size(found) >= count:
+            break
+    return found
+
+
+class _Judge:
+    """How far a model's outputs are from the original's on some samples."""
+
+    def __init__(self, original: Model, feeds: Feeds) -> None:
+        self.feeds = feeds
+        self.reference = allocation.outputs(original, feeds)
+
+    def distance(self, model: Model) -> float:
+        """Mean squared error of the outputs, relative to their variance."""
+        return allocation.distance(self.reference, allocation.outputs(model, self.feeds))

@@ -39,9 +39,9 @@ def choose(groups: ChannelGroups, rng: np.random.Generator, share: float) -> set
     return gone
 
 
-def sliced(model: ir.Model, gone: set[int]) -> ir.Model:
+def sliced(model: ir.Model, gone: set[int], heads: bool = False) -> ir.Model:
     copy = model.clone()
-    groups = channel_groups(copy)  # atoms are numbered alike in equal models
+    groups = channel_groups(copy, heads)  # atoms are numbered alike in equal models
     edit = Editor(copy)
     groups.apply(gone, edit)
     edit.commit()
@@ -67,12 +67,12 @@ def masked(groups: ChannelGroups, gone: set[int]) -> ir.Model:
     return copy
 
 
-def check_law(model: ir.Model, seed: int, share: float) -> int:
+def check_law(model: ir.Model, seed: int, share: float, heads: bool = False) -> int:
     for number, node in enumerate(model.graph.nodes):
         node.name = node.name or f"n{number}"
-    groups = channel_groups(model)
+    groups = channel_groups(model, heads)
     gone = choose(groups, np.random.default_rng(seed), share)
-    small = sliced(model, gone)
+    small = sliced(model, gone, heads)
     assert verify.structure(small) == []
     assert verify.interface(model, small) == []
     feeds = generate_inputs(model.inputs, seed=seed)
@@ -82,7 +82,7 @@ def check_law(model: ir.Model, seed: int, share: float) -> int:
     for name, value in expected.items():
         # one product more or less in each sum of a few hundred terms: 64 roundings
         assert difference(name, value, found[name]).relative <= 64 * np.finfo(np.float32).eps, gone
-    kept, after = Kept(groups, gone), channel_groups(small)
+    kept, after = Kept(groups, gone), channel_groups(small, heads)
     for what in ("macs", "params"):
         cost = groups.cost_model(what)
         cost.remove(gone)

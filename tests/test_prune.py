@@ -101,6 +101,8 @@ def test_ridge_is_pulled_toward_the_weights_at_hand_and_not_toward_zero() -> Non
         ("Conv", "float[4,2,3,2]", "<group = 2, strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]>"),
         ("Conv", "float[8,1,3,3]", '<group = 4, auto_pad = "SAME_UPPER", strides = [2, 2]>'),
         ("Conv", "float[3,4,1,1]", ""),
+        ("ConvTranspose", "float[4,3,3,2]", "<strides = [2, 1], dilations = [1, 2], pads = [1, 0, 0, 1]>"),
+        ("ConvTranspose", "float[4,2,2,3]", "<group = 2, strides = [3, 2], output_padding = [1, 1]>"),
     ],
 )
 def test_layer_is_its_matrix_times_its_columns(op: str, weight: str, attributes: str) -> None:
@@ -113,7 +115,8 @@ def test_layer_is_its_matrix_times_its_columns(op: str, weight: str, attributes:
     x = noise(2, 4, 7, 6)
     y = Evaluator(model).run({"x": x})["y"]
     model.graph.nodes[0].name = "n"
-    layer = layers(model)["n"]
+    layer = layers(model, turned=True)["n"]
+    assert layer.result_like(x).shape == y.shape
     take = np.arange(layer.positions(y))[::3]
     found = layer.columns(x, y, take) @ layer.matrix().transpose(0, 2, 1)
     np.testing.assert_allclose(found, layer.outputs(y, take), rtol=1e-4, atol=1e-5)

@@ -62,13 +62,14 @@ def simulate(groups: ChannelGroups, curve: Curve, position: int) -> Model:
     for site, weight in curve.weights[position]:
         if site.layer is not None:
             parts.setdefault(site.layer.node.name, []).append((site, weight))
-    own = layers(model)
+    own = layers(model, turned=True)
     for name, changed in parts.items():
         layer = own[name]
         matrix = layer.matrix().copy()
         bias = layer.bias_values().astype(np.float64).reshape(matrix.shape[:2])
-        for site, weight in changed:
-            bias[site.group] += (matrix[site.group] - weight) @ site.mean
+        for site, own_weight in changed:
+            weight, mean = site.whole(own_weight)
+            bias[site.group] += (matrix[site.group] - weight) @ mean
             matrix[site.group] = weight
         layer.store(edit, matrix, None if layer.fixed_bias else bias.reshape(-1))
     for contraction in groups.contractions:
@@ -133,7 +134,7 @@ def measure_blocks(
 
     def without(numbers: Sequence[int], repaired: bool) -> float:
         copy = model.clone()
-        edit, own = Editor(copy), layers(copy)
+        edit, own = Editor(copy), layers(copy, turned=True)
         for number in numbers:
             bridge = fitted[number]
             if repaired and bridge is not None:

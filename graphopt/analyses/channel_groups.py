@@ -119,6 +119,7 @@ class ChannelGroups:
         self._seen: list[Array] = []
         self.ambiguous: dict[str, tuple[int, ...]] = {}  # Reshapes that could carry channels on another axis, too
         self.carriers = dict(carriers or {})
+        self.copies: set[int] = set()  # atoms of axes along which all indices are alike
         self._parent: list[int] = []
         self._why: dict[int, str] = {}  # root -> why it is pinned
         self._labels: dict[int, Labels | None] = {}
@@ -343,6 +344,11 @@ class ChannelGroups:
                     inside[f"node {node.name!r} ({node.op})"] += layers
         bodies = [f"{count} layers stay: they are in the body of {where}" for where, count in inside.items()]
         return [f"{count} channels stay: {why}" for why, count in ordered] + bodies
+
+    def is_free(self, tensor: gs.Tensor) -> bool:
+        """Whether an axis of a tensor can lose indices."""
+        free = set(self.classes)
+        return any(a is not None and not free.isdisjoint(self.roots[a].tolist()) for a in self.labels(tensor) or ())
 
     def weights(self) -> list[tuple[Constant, Labels]]:
         """All constants with tracked axes."""
@@ -580,6 +586,21 @@ def _all_nodes(graph: Graph) -> Iterator[Node]:
             yield from _all_nodes(body)
 
 
+def _reaches_attention(node: Node) -> bool:
+    """Whether a product of two activations reads what a Reshape computes, moved and scaled."""
+    seen, ahead = {id(node)}, [node]
+    while ahead:
+        for tensor in ahead.pop().outputs:
+            for reader in tensor.outputs:
+                if reader.op in ("MatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention"):
+                    if sum(bool(t.name) and not isinstance(t, gs.Constant) for t in reader.inputs) > 1:
+                        return True
+                elif reader.op in _MOVED and id(reader) not in seen:
+                    seen.add(id(reader))
+                    ahead.append(reader)
+    return False
+
+
 def _is_weight(tensor: gs.Constant) -> bool:
     """Whether a constant holds weights: floating-point numbers, or codes that are only dequantized."""
     readers = tensor.outputs
@@ -588,6 +609,23 @@ def _is_weight(tensor: gs.Constant) -> bool:
 
 
 _MATRIX = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+_MOVED = frozenset(
+    (
+        "Reshape",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Gather",
+        "Split",
+        "Slice",
+        "Expand",
+        "Concat",
+        "Identity",
+        "Mul",
+        "Div",
+    )
+    + ("Add", "Sub", "Neg")
+)
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -679,12 +717,9 @@ def channel_groups(model: Model, heads: bool = False) -> ChannelGroups:
 
     Args:
         model: what to analyse.
-        heads: where a Reshape parts heads from their indices, let the heads carry: they then go whole.
+        heads: where a Reshape parts heads from their indices, let the heads carry if they can go: they then go whole.
     """
     best = ChannelGroups(model)
-    if heads:
-        carriers = {name: options[-1] for name, options in best.ambiguous.items()}
-        return ChannelGroups(model, carriers) if carriers else best
     alike: dict[Any, list[str]] = defaultdict(
         list
     )  # what is split alike in several places is tried in all of them at once
@@ -692,8 +727,18 @@ def channel_groups(model: Model, heads: bool = False) -> ChannelGroups:
     for name, options in sorted(best.ambiguous.items()):
         shape = best.shapes.shape(nodes[name].outputs[0]) or ()
         alike[options, tuple(d if isinstance(d, int) else None for d in shape)].append(name)
+    if heads:
+        inside = {name: options[-1] for name, options in best.ambiguous.items() if _reaches_attention(nodes[name])}
+        tried = [list(inside)] if inside else []  # all at once, since queries and shared keys are split differently
+        tried += [mine for names in alike.values() if (mine := [name for name in names if name in inside])]
+        for names in tried:
+            other = ChannelGroups(model, {**best.carriers, **{name: inside[name] for name in names}})
+            if all(other.is_free(nodes[name].outputs[0]) for name in names):
+                best = other
+                if len(names) == len(inside):
+                    break
     for (options, _), names in alike.items():
-        for option in options:
+        for option in options if best.carriers.keys().isdisjoint(names) else ():
             other = ChannelGroups(model, {**best.carriers, **dict.fromkeys(names, option)})
             if len(other.classes) > len(best.classes):
                 best = other

@@ -142,7 +142,8 @@ def _merged(call: Call, labels: Sequence[Axis], sizes: Sequence[int]) -> Axis:
             call.pin(labels[i], "merges it into an axis that is too long to follow")
         return None
     free = [i for i in tracked if not call.groups.is_pinned(labels[i])]  # type: ignore[arg-type]
-    carrier = (free or tracked)[-1]
+    own = [i for i in free if labels[i][0] not in call.groups.copies]  # type: ignore[index]  # shared keys: not their repeats
+    carrier = (own or free or tracked)[-1]
     for i in tracked:
         if i != carrier:
             call.pin(labels[i], "merges it with another axis of channels")
@@ -425,7 +426,11 @@ def _constant_of_shape(call: Call) -> Sequence[Labels | None] | None:
 
 
 def _copies(call: Call, dim: Dim) -> Axis:
-    return call.groups.fresh(dim) if isinstance(dim, int) and 1 < dim <= _MOST_ATOMS else None
+    if not isinstance(dim, int) or not 1 < dim <= _MOST_ATOMS:
+        return None
+    axis = call.groups.fresh(dim)
+    call.groups.copies.update(axis.tolist())
+    return axis
 
 
 @relation("Tile")

@@ -64,7 +64,7 @@ def substitutes(groups: ChannelGroups, gone: set[int]) -> dict[int, tuple[int, f
 def fold(model: Model, groups: ChannelGroups, gone: set[int]) -> int:
     """Let the readers of classes that go read their substitutes; the number of layers changed."""
     chosen: Mapping[int, tuple[int, float]] = substitutes(groups, gone)
-    edit, own, changed = Editor(model), layers(model), 0
+    edit, own, changed = Editor(model), layers(model, turned=True), 0
     for contraction in groups.contractions:
         layer = own.get(contraction.node.name)
         if layer is None:

@@ -1,6 +1,6 @@
-"""Layers as matrices: ``z = W x + b`` for Conv, Gemm and MatMul, and what streamed moments of x and z say about W.
+"""Layers as matrices: ``z = W x + b`` for Conv, ConvTranspose, Gemm and MatMul, and what streamed moments of x and z say about W.
 
-A convolution is a product with the columns of im2col, in groups; a Gemm or MatMul has one group. For each group the moments ``E[x x^T]``,
+A convolution is a product with the columns of im2col, in groups (of a transposed one with zeros between); a Gemm or MatMul has one group. For each group the moments ``E[x x^T]``,
 ``E[z x^T]``, ``E[x]`` and ``E[z]`` are all that least squares needs, so samples stream through and memory is that of the moments.
 
     W' = (S_zx + l W) (S_xx + l I)^-1,  b' = E[z] - W' E[x],  S centred, l = ridge * tr(S_xx) / d
@@ -24,6 +24,7 @@ from graphopt.ir import Constant, Model, Node
 Array = np.ndarray[Any, Any]
 
 MAX_COLUMNS: Final = 6144  # of a group; a wider Gram matrix takes too long to invert
+WIDE: Final = 1024  # columns from which single precision and fewer looks have to do
 RIDGES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -47,6 +48,11 @@ class Layer:
         return found
 
     @property
+    def is_convolution(self) -> bool:
+        """Whether channels are on axis 1."""
+        return self.op in ("Conv", "ConvTranspose")
+
+    @property
     def result(self) -> gs.Tensor:
         """What is computed, bias included."""
         return (self.adder or self.node).outputs[0]
@@ -57,6 +63,9 @@ class Layer:
         if self.op == "Conv":
             taps = w.reshape(*w.shape[:2], -1).transpose(0, 2, 1)
             return np.ascontiguousarray(taps).reshape(self.groups, w.shape[0] // self.groups, -1)
+        if self.op == "ConvTranspose":
+            taps = w.reshape(self.groups, -1, w.shape[1], math.prod(w.shape[2:])).transpose(0, 2, 3, 1)
+            return np.ascontiguousarray(taps).reshape(self.groups, w.shape[1], -1)
         w = w if not self.transposed else w.T
         return (w * np.float32(self.scale))[None]
 
@@ -66,6 +75,10 @@ class Layer:
             kernel = self.weight.shape[2:]
             taps = matrix.reshape(matrix.shape[0] * matrix.shape[1], math.prod(kernel), -1)
             return np.ascontiguousarray(taps.transpose(0, 2, 1)).reshape(len(taps), -1, *kernel)
+        if self.op == "ConvTranspose":
+            kernel = self.weight.shape[2:]
+            taps = matrix.reshape(*matrix.shape[:2], math.prod(kernel), -1).transpose(0, 3, 1, 2)
+            return np.ascontiguousarray(taps).reshape(-1, matrix.shape[1], *kernel)
         w = matrix[0] / self.scale
         return np.ascontiguousarray(w.T if self.transposed else w)
 
@@ -97,9 +110,17 @@ class Layer:
 
     def result_like(self, x: Array) -> Array:
         """An array of the shape that the result has for `x`, without memory behind it."""
-        if self.op != "Conv":
+        if not self.is_convolution:
             return np.broadcast_to(np.float32(0), (*x.shape[:-1], self.weight.shape[int(self.transposed)]))
         kernel = self.weight.shape[2:]
+        if self.op == "ConvTranspose":
+            strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
+            more = self.node.attrs.get("output_padding", [0] * len(kernel))
+            sizes = [
+                max(0, (n - 1) * s + d * (k - 1) + 1 - sum(pad) + int(extra))
+                for n, k, s, d, pad, extra in zip(x.shape[2:], kernel, strides, dilations, pads, more, strict=True)
+            ]
+            return np.broadcast_to(np.float32(0), (x.shape[0], self.weight.shape[1] * self.groups, *sizes))
         strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
         sizes = [
             max(0, (n + sum(pad) - d * (k - 1) - 1) // s + 1)
@@ -109,23 +130,30 @@ class Layer:
 
     def positions(self, result: Array) -> int:
         """How many rows `columns` and `outputs` have for this result."""
-        channels = int(result.shape[1 if self.op == "Conv" else -1])
+        channels = int(result.shape[1 if self.is_convolution else -1])
         return result.size // max(1, channels)
 
     def columns(self, x: Array, result: Array, take: Array) -> Array:
         """What the weight multiplies, at some positions of the result: [groups, positions, columns]; a Conv's taps before channels."""
-        if self.op != "Conv":
+        if not self.is_convolution:
             return x.reshape(-1, x.shape[-1])[take][None]
         kernel = self.weight.shape[2:]
         strides, dilations, pads = convolution(self.node, x.shape[2:], kernel)
-        padding: list[tuple[int, int]] = [(0, 0), (0, 0), *pads]
-        last = np.ascontiguousarray(np.moveaxis(np.pad(x, padding), 1, -1))
+        turned = self.op == "ConvTranspose"
+        padding: list[tuple[int, int]] = [(0, 0), (0, 0), *([] if turned else pads)]
+        last = np.ascontiguousarray(np.moveaxis(np.pad(x, padding) if any(map(any, padding)) else x, 1, -1))
         sample, *place = np.unravel_index(take, (x.shape[0], *result.shape[2:]))
         rows = np.empty((len(take), math.prod(kernel), x.shape[1]), x.dtype)
         for tap, offset in enumerate(np.ndindex(*kernel)):
-            at = [p * s + o * d for p, s, o, d in zip(place, strides, offset, dilations, strict=True)]
+            there: Any = True
+            if turned:  # which operand's position, if any, reaches this one of the result by this tap
+                far = [p + pad[0] - o * d for p, pad, o, d in zip(place, pads, offset, dilations, strict=True)]
+                at = [np.clip(f // s, 0, n - 1) for f, s, n in zip(far, strides, x.shape[2:], strict=True)]
+                there = np.all([f == a * s for f, a, s in zip(far, at, strides, strict=True)], axis=0)[:, None]
+            else:
+                at = [p * s + o * d for p, s, o, d in zip(place, strides, offset, dilations, strict=True)]
             index: Any = (sample, *at)
-            rows[:, tap] = last[index]
+            rows[:, tap] = np.where(there, last[index], 0) if turned else last[index]
         if self.groups == 1:
             return rows.reshape(1, len(take), -1)
         parts = rows.reshape(len(take), rows.shape[1], self.groups, -1).transpose(2, 0, 1, 3)
@@ -134,7 +162,7 @@ class Layer:
 
     def outputs(self, result: Array, take: Array) -> Array:
         """The results at the same positions: [groups, positions, outputs]."""
-        if self.op != "Conv":
+        if not self.is_convolution:
             return result.reshape(-1, result.shape[-1])[take][None]
         place = np.unravel_index(take, (result.shape[0], *result.shape[2:]))
         index: Any = (place[0], slice(None), *place[1:])
@@ -164,28 +192,32 @@ def convolution(
     return strides, dilations, [(given[i], given[i + rank]) for i in range(rank)]
 
 
-def layers(model: Model) -> dict[str, Layer]:
-    """The layers of the root graph whose weight no other node reads, by node name."""
+def layers(model: Model, turned: bool = False) -> dict[str, Layer]:
+    """The layers of the root graph whose weight no other node reads, by node name; ConvTranspose among them if `turned`."""
     edit = Editor(model)
     found = {}
     for node in model.graph.nodes:
         layer = _layer(node, edit)
-        if layer is not None:
+        if layer is not None and (turned or layer.op != "ConvTranspose"):
             found[node.name] = layer
     return found
 
 
 def _layer(node: Node, edit: Editor) -> Layer | None:
-    if node.op not in ("Conv", "Gemm", "MatMul") or not node.is_onnx or len(node.inputs) < 2:
+    if node.op not in ("Conv", "ConvTranspose", "Gemm", "MatMul") or not node.is_onnx or len(node.inputs) < 2:
         return None
     weight = node.inputs[1]
     if not edit.is_fixed(weight) or len(weight.outputs) != 1 or np.dtype(weight.dtype).kind != "f":
         return None
     if isinstance(node.inputs[0], gs.Constant) or edit.is_output(weight):
         return None
-    if node.op == "Conv":
+    if node.op in ("Conv", "ConvTranspose"):
+        if node.op == "ConvTranspose" and (
+            "output_shape" in node.attrs or node.attrs.get("auto_pad", "NOTSET") != "NOTSET"
+        ):
+            return None
         bias, fixed = _own_bias(node, edit)
-        return Layer(node, "Conv", int(node.attrs.get("group", 1)), False, 1.0, None, bias, fixed)
+        return Layer(node, node.op, int(node.attrs.get("group", 1)), False, 1.0, None, bias, fixed)
     if len(weight.shape) != 2:
         return None
     if node.op == "Gemm":
@@ -211,6 +243,8 @@ def _own_bias(node: Node, edit: Editor) -> tuple[int | None, bool]:
         return None, False
     bias = node.inputs[2]
     rows = node.inputs[1].shape[0 if node.op == "Conv" or node.attrs.get("transB", 0) else 1]
+    if node.op == "ConvTranspose":
+        rows *= int(node.attrs.get("group", 1))
     usable = (
         edit.is_fixed(bias) and len(bias.outputs) == 1 and math.prod(bias.shape) == rows and node.attrs.get("beta", 1.0)
     )
@@ -224,8 +258,9 @@ class Moments:
         self.count = 0
         self.x = np.zeros((groups, columns))
         self.z = np.zeros((groups, outputs))
-        self.xx = np.zeros((groups, columns, columns), np.float32 if columns > 1024 else np.float64)
-        self.zx = np.zeros((groups, outputs, columns))
+        kind = np.float32 if columns > WIDE else np.float64
+        self.xx = np.zeros((groups, columns, columns), kind)
+        self.zx = np.zeros((groups, outputs, columns), kind)
         self.zz = np.zeros((groups, outputs))
 
     def add(self, x: Array, z: Array) -> None:
@@ -250,32 +285,34 @@ class Moments:
         mx, mz = self.x / n, self.z / n
         if not free:
             mx, mz = np.zeros_like(mx), np.zeros_like(mz)
-        sxx = self.xx / n - mx[:, :, None] * mx[:, None, :]
-        szx = self.zx / n - mz[:, :, None] * mx[:, None, :]
+        fine = mx.astype(self.xx.dtype)
+        sxx = self.xx / n - fine[:, :, None] * fine[:, None, :]
+        szx = self.zx / n - mz.astype(self.zx.dtype)[:, :, None] * fine[:, None, :]
         szz = self.zz / n - mz**2
         return mx, mz, sxx, szx, szz
 
     def error(self, w: Array, b: Array) -> float:
         """Mean squared distance of W x + b from z, summed over outputs."""
         n = max(1, self.count)
-        xx, zx, zz, mx, mz = self.xx / n, self.zx / n, self.zz / n, self.x / n, self.z / n
+        zz, mx, mz = self.zz / n, self.x / n, self.z / n
         b = b.reshape(mz.shape)
         wx = np.einsum("god,gd->go", w, mx)
-        quadratic = np.einsum("god,god->go", w @ xx, w) - 2 * np.einsum("god,god->go", w, zx)
+        v = w.astype(self.xx.dtype, copy=False)
+        quadratic = (np.einsum("god,god->go", v @ self.xx, w) - 2 * np.einsum("god,god->go", w, self.zx)) / n
         return float((quadratic + zz + 2 * b * wx - 2 * b * mz + b * b).sum())
 
     def variance(self) -> float:
         """Of z, summed over outputs."""
-        return float(np.maximum(self.centred()[4], 0).sum())
+        n = max(1, self.count)
+        return float(np.maximum(self.zz / n - (self.z / n) ** 2, 0).sum())
 
 
 def ridge(moments: Moments, w: Array, strength: float, free_bias: bool) -> tuple[Array, Array]:
     """Weights and bias (as [groups, outputs]) that fit z best, pulled toward `w`."""
     mx, mz, sxx, szx, _ = moments.centred(free_bias)
     d = sxx.shape[-1]
-    lam = strength * np.trace(sxx, axis1=1, axis2=2) / max(1, d) + 1e-12
-    eye = np.eye(d)
-    left = sxx + lam[:, None, None] * eye
-    right = szx + lam[:, None, None] * w
-    solved = np.linalg.solve(left, right.transpose(0, 2, 1)).transpose(0, 2, 1)
+    lam = strength * np.trace(sxx, axis1=1, axis2=2, dtype=np.float64) / max(1, d) + 1e-12
+    sxx[:, range(d), range(d)] += lam[:, None]
+    szx += lam[:, None, None] * w
+    solved = np.linalg.solve(sxx, szx.transpose(0, 2, 1)).transpose(0, 2, 1).astype(np.float64)
     return solved, mz - np.einsum("god,gd->go", solved, mx)

@@ -6,7 +6,8 @@ A reader with weight W and second moments H of its operand loses, when the colum
 
 (optimal brain surgeon, for blocks). Errors are relative to the variance of the reader's result and add up over readers. Two
 activations that are multiplied (attention) read each other: W is then the square root of the other one's second moments. Without
-samples H is the identity, and the error is the squared norm of the columns.
+samples H is the identity, and the error is the squared norm of the columns. Where a kernel has very many columns its taps are taken
+apart: each is a reader of its own, and all have the mean of their second moments.
 
 An order in which to remove classes is a *selector*, one function from a `Chooser` to a score for each class that is left; the errors of
 what it chose are the same for all of them, so selectors can be compared.
@@ -23,7 +24,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses.channel_groups import ChannelGroups, Contraction, Group
-from graphopt.analyses.gram import MAX_COLUMNS, Layer, Moments, layers
+from graphopt.analyses.gram import MAX_COLUMNS, WIDE, Layer, Moments, layers
 from graphopt.analyses.repair import Feeds, Runner, picks, pool
 from graphopt.errors import UserError
 from graphopt.pass_base import Evaluate
@@ -42,10 +43,15 @@ class Site:
     layer: Layer | None  # None: an activation, or a weight that cannot be changed
     group: int
     owner: Array  # the class of each column
-    weight: Array  # [outputs, columns]
+    weight: Array  # [outputs, columns]; of `taps` that are taken apart [outputs * taps, columns of one]
     gram: Array  # [columns, columns], or only its diagonal where that is too large
     mean: Array  # of the columns
     scale: float  # mean square of the result
+    taps: int = 1
+
+    def whole(self, weight: Array) -> tuple[Array, Array]:
+        """A weight of this shape, and the mean of the columns, as the layer has them, its taps together."""
+        return weight.reshape(len(weight) // self.taps, -1), np.tile(self.mean, self.taps)
 
     def columns(self) -> dict[int, Array]:
         """Class -> its columns."""
@@ -107,7 +113,7 @@ def families(groups: ChannelGroups) -> list[Family]:
 def sites(groups: ChannelGroups, feeds: Feeds, evaluate: Evaluate, seed: int = 0) -> list[Site]:
     """All readers of removable classes; with `feeds`, after a run of the model on them."""
     free = set(groups.classes)
-    found = layers(groups.model)
+    found = layers(groups.model, turned=True)
     wanted = [c for c in groups.contractions if free.intersection(groups.roots[c.atoms].tolist())]
     by_node: dict[str, list[Contraction]] = {}
     for contraction in wanted:
@@ -120,21 +126,20 @@ def sites(groups: ChannelGroups, feeds: Feeds, evaluate: Evaluate, seed: int = 0
     runner = Runner(groups.model, feeds, evaluate)
     with pool() as threads:
         for number, node in enumerate(groups.model.graph.nodes):
-            outputs = runner.run(node, threads)
             for contraction in by_node.get(node.name, ()):
                 layer = found.get(node.name)
                 if layer is not None:
-                    result.extend(_layer_sites(groups, contraction, layer, runner, outputs[0], seed + number))
+                    result.extend(_layer_sites(groups, contraction, layer, runner, seed + number))
                 else:
                     result.extend(_other_site(groups, contraction, runner))
-            runner.keep(node, outputs)
+            runner.step(node, threads)
     return result
 
 
 def owners(groups: ChannelGroups, contraction: Contraction, layer: Layer) -> Array:
     """[groups, columns]: the class of each."""
     roots = groups.roots[contraction.atoms]
-    if layer.op == "Conv":
+    if layer.is_convolution:
         taps = int(np.prod(layer.weight.shape[2:], dtype=np.int64))
         return np.stack([np.tile(part, taps) for part in np.split(roots, layer.groups)])
     return roots[None]
@@ -153,22 +158,26 @@ def _blind(groups: ChannelGroups, contraction: Contraction, layer: Layer | None)
 
 
 def _layer_sites(
-    groups: ChannelGroups, contraction: Contraction, layer: Layer, runner: Runner, result: list[Array], seed: int
+    groups: ChannelGroups, contraction: Contraction, layer: Layer, runner: Runner, seed: int
 ) -> list[Site]:
-    w = layer.matrix()
+    w, owner = layer.matrix(), owners(groups, contraction, layer)
+    taps = 1
+    if layer.is_convolution and w.shape[2] > WIDE:
+        taps = int(np.prod(layer.weight.shape[2:], dtype=np.int64))
+        w, owner = w.reshape(w.shape[0], w.shape[1] * taps, -1), owner[:, : owner.shape[1] // taps]
     wide = w.shape[2] > MAX_COLUMNS
     x = runner.get(layer.node.inputs[0])
+    result = [layer.result_like(values) for values in x]
     moments = Moments(layer.groups, 1 if wide else w.shape[2], 0)
     squares, sums, count = np.zeros((w.shape[0], w.shape[2])), np.zeros((w.shape[0], w.shape[2])), 0
     for values, out, take in zip(x, result, picks(layer, result, seed), strict=True):
-        columns = np.asarray(layer.columns(values, out, take), np.float32)
+        columns = np.asarray(layer.columns(values, out, take), np.float32).reshape(layer.groups, -1, w.shape[2])
         if wide:
             squares += np.square(columns, dtype=np.float64).sum(1)
             sums += columns.sum(1, dtype=np.float64)
             count += columns.shape[1]
         else:
             moments.add(columns, np.zeros((layer.groups, columns.shape[1], 0), np.float32))
-    owner = owners(groups, contraction, layer)
     made = []
     if wide:
         mean, gram = sums / count, squares / count
@@ -180,7 +189,7 @@ def _layer_sites(
     for g in range(layer.groups):
         h = np.asarray(gram[g], np.float32)
         energy = float(np.einsum("od,d,od->", w[g], h, w[g]) if wide else np.einsum("od,od->", w[g] @ h, w[g]))
-        made.append(Site(contraction, layer, g, owner[g], w[g], h, mean[g], energy or 1.0))
+        made.append(Site(contraction, layer, g, owner[g], w[g], h, mean[g], energy or 1.0, taps))
     total = sum(site.scale for site in made)
     for site in made:
         site.scale = total

@@ -6,7 +6,7 @@ that the original had (of the channels that are left). Where its result is added
 block, the target is the original's sum minus that, so each block mends the error of the stream and not only its own. A fifth
 of the samples is held out: a fit that does not win on them is not taken.
 
-Memory is that of the activations alive at one node plus the moments of one layer.
+Memory is that of the activations alive at one node plus the moments of one layer: what a node is the last to read goes feed by feed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.gram import MAX_COLUMNS, RIDGES, Layer, Moments, layers, ridge
+from graphopt.analyses.gram import MAX_COLUMNS, RIDGES, WIDE, Layer, Moments, layers, ridge
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor, captures
-from graphopt.ir import Model, Node, subgraphs
+from graphopt.ir import Model, Node, Variable, subgraphs
 from graphopt.pass_base import Evaluate
 
 Array = np.ndarray[Any, Any]
@@ -35,8 +35,10 @@ Places = Mapping[str, Sequence[Array | None]]  # tensor -> for each axis, the in
 
 ROWS: Final = 1 << 13  # positions of a layer that go into its moments at least
 ROWS_PER_COLUMN: Final = 40
+ROW_WORK: Final = 1 << 36  # multiply-accumulates that more than `ROWS` may take to become moments
 KEPT_ROWS: Final = 1 << 26  # elements of rows that are kept to look at behind a gate
 GATE_TURNS: Final = 4
+WIDE_GATE_TURNS: Final = 2
 HELD_OUT: Final = 5  # every fifth sample is not fitted to
 
 
@@ -77,12 +79,27 @@ class Runner:
 
         return [list(results) for results in zip(*pool.map(one, range(self.count)), strict=True)]
 
+    def step(self, node: Node, pool: ThreadPoolExecutor) -> None:
+        """Compute a node and take its results in; what it is the last to read goes feed by feed, so that both are never there whole."""
+        names = [t.name for t in _operands(node)]
+        last = [n for n in dict.fromkeys(names) if self._left[n] == names.count(n) and n in self.values]
+        operands: list[Values | None] = [None if not t.name else self.get(t) for t in node.inputs]
+        operands += [self.get(t) for body in subgraphs(node) for t in captures(body).values()]
+
+        def one(index: int) -> list[Array]:
+            results = self.evaluate(self.model, node, [None if o is None else o[index] for o in operands])
+            for name in last:
+                self.values[name][index] = None
+            return results
+
+        self.keep(node, [list(results) for results in zip(*pool.map(one, range(self.count)), strict=True)])
+
     def keep(self, node: Node, results: Sequence[Values]) -> None:
         """Take the results of a node in, and drop what it was the last to read."""
         named = [t for t in node.outputs if t.name]
         for tensor, values in zip(named, results, strict=True):
             if self._left.get(tensor.name):
-                self.values[tensor.name] = values
+                self.values[tensor.name] = list(values)
         for tensor in _operands(node):
             self.release(tensor.name)
 
@@ -95,13 +112,20 @@ class Runner:
     def ensure(self, name: str, pool: ThreadPoolExecutor) -> Values:
         """Run on in the order of the graph until a tensor, which must be held, is there."""
         while name not in self.values:
-            node = next(self._ahead)
-            self.keep(node, self.run(node, pool))
+            self.step(next(self._ahead), pool)
         return self.values[name]
 
 
-def live_bytes(model: Model, shapes: Shapes) -> int:
-    """The most bytes of activations that are alive at once for one sample, while `Runner` goes through the model."""
+def live_bytes(model: Model, feed: Mapping[str, Array]) -> int:
+    """The most bytes of activations that are alive at once for a feed, while `Runner` steps through the model."""
+    model = model.clone()
+    for tensor in model.graph.inputs:
+        if isinstance(tensor, Variable) and tensor.name in feed:
+            tensor.shape = feed[tensor.name].shape
+    for node in model.graph.nodes:  # what is declared of them followed from the shapes before
+        for output in node.outputs:
+            output.shape = None
+    shapes = Shapes(model)
     last: dict[str, int] = {}
     for number, node in enumerate(model.graph.nodes):
         last.update((tensor.name, number) for tensor in _operands(node))
@@ -112,8 +136,8 @@ def live_bytes(model: Model, shapes: Shapes) -> int:
             dims = [d if isinstance(d, int) else 1 for d in shapes.shape(tensor) or ()]
             dtype = shapes.dtype(tensor)
             sizes[tensor.name] = math.prod(dims) * (dtype.itemsize if dtype is not None else 4)
-        most = max(most, sum(sizes.values()))
         sizes = {name: size for name, size in sizes.items() if last.get(name, -1) > number}
+        most = max(most, sum(sizes.values()))
     return most
 
 
@@ -134,7 +158,8 @@ def picks(layer: Layer, results: Values, seed: int) -> list[Array]:
     sizes = [layer.positions(r) for r in results]
     total = sum(sizes)
     rng = np.random.default_rng(seed)
-    most = max(ROWS, ROWS_PER_COLUMN * layer.matrix().shape[-1])
+    columns = layer.matrix().shape[-1]
+    most = max(ROWS, min(ROWS_PER_COLUMN * columns, ROW_WORK // columns**2))
     return [
         np.arange(n) if total <= most else np.sort(rng.choice(n, max(1, n * most // total), replace=False))
         for n in sizes
@@ -175,7 +200,7 @@ def repair(
         progress: nodes done, nodes in all.
     """
     edit = Editor(pruned)
-    found = {name: layer for name, layer in layers(pruned).items() if _fittable(layer)}
+    found = {name: layer for name, layer in layers(pruned, turned=True).items() if _fittable(layer)}
     joins, by_name = _joins(pruned, found), {node.name: node for node in original.graph.nodes}
     lasts = {name: joins.get(name) or _last(pruned, layer) for name, layer in found.items()}
     aims = {name: (stands or {}).get(node.outputs[0].name, node.outputs[0].name) for name, node in lasts.items()}
@@ -184,7 +209,7 @@ def repair(
     held = [*aims.values(), *alone.values(), *(t.name for a in twins for t in a.outputs if t.name)]
     first, second = Runner(original, feeds, evaluate, held), Runner(pruned, feeds, evaluate)
     clean = set(first.values)  # tensors of the pruned model that are as in the original
-    second.values.update(first.values)
+    second.values.update((name, list(values)) for name, values in first.values.items())
     returned = {tensor.name for tensor in original.graph.outputs}
     fits: list[Fit] = []
     with pool() as threads:
@@ -212,7 +237,7 @@ def repair(
                 first.release(alone[b.name])
             names = [t.name for t in b.outputs if t.name]
             if touched:
-                second.keep(b, second.run(b, threads))
+                second.step(b, threads)
             else:
                 second.keep(b, [first.ensure(name, threads) for name in names])
                 clean.update(names)
@@ -376,11 +401,14 @@ def _solved(
 
     mean = (fitted.moments.z - np.einsum("god,gd->go", w, fitted.moments.x)) / max(1, fitted.moments.count)
     propose(w, mean, "bias")
-    for strength in RIDGES:
-        propose(*ridge(fitted.moments, w, strength, free), f"ridge {strength:g}")
+    for strengths in _strengths(columns):
+        for strength in strengths:
+            propose(*ridge(fitted.moments, w, strength, free), f"ridge {strength:g}")
+            if columns > WIDE and best[3] != f"ridge {strength:g}":
+                break
     if gated and best[3].startswith("ridge"):
         strength = float(best[3].split()[1])
-        for turn in range(GATE_TURNS):
+        for turn in range(GATE_TURNS if columns <= WIDE else WIDE_GATE_TURNS):
             _, matrix, vector, _ = best
             propose(*ridge(fitted.bent(matrix, vector), w, strength, free), f"ridge {strength:g} gated {turn + 1}")
             if best[1] is matrix:
@@ -392,6 +420,14 @@ def _solved(
     return Fit(layer.node.name, before / scale, error / scale, kind), matrix, vector
 
 
+def _strengths(columns: int) -> list[Sequence[float]]:
+    """Ridges to try: each of these from its beginning on, in a wide layer until one is no better than what there was."""
+    if columns <= WIDE:
+        return [RIDGES]
+    middle = len(RIDGES) // 2
+    return [RIDGES[middle:], RIDGES[:middle][::-1]]
+
+
 def bridges(
     model: Model, gaps: Sequence[tuple[str, str]], feeds: Feeds, evaluate: Evaluate, seed: int = 0
 ) -> list[tuple[Layer, Array, Array] | None]:
@@ -399,7 +435,7 @@ def bridges(
 
     None where no layer ends there, or its weights as they are fit best.
     """
-    found = {name: layer for name, layer in layers(model).items() if _fittable(layer)}
+    found = {name: layer for name, layer in layers(model, turned=True).items() if _fittable(layer)}
     joins = _joins(model, found)
     ends = {(joins.get(name) or _last(model, layer)).outputs[0].name: name for name, layer in found.items()}
     needed: list[tuple[Layer, str, str | None] | None] = []

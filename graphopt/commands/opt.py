@@ -88,7 +88,7 @@ def opt(
     """Run passes alone: ONNX in, ONNX out."""
     from graphopt import equivalence, instruments, ir, verify
     from graphopt.backend import check_shapes
-    from graphopt.evaluate import evaluate_node
+    from graphopt.evaluate import clock_of, evaluate_node
     from graphopt.evaluate import seconds as clock
     from graphopt.pass_base import Context
     from graphopt.target import Target
@@ -128,7 +128,8 @@ def opt(
         from graphopt.recovery import Recovery
 
         recovery = Recovery(feeds=feeds, seed=seed, shapes=ranges, check=check, say=say)
-    ctx = Context(target=aim, seed=seed, evaluate=evaluate_node, data=samples, clock=clock)
+    ctx = Context(target=aim, seed=seed, evaluate=evaluate_node, data=samples)
+    ctx.clock = clock if aim is None else clock_of(aim)
     with stages("opt") as ctx.progress:
         result = pipeline.run(loaded, ctx, stack, recovery)
     if origins:

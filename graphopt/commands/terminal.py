@@ -48,8 +48,8 @@ class _Terminal(Console):
         return super().render_str(harmless(text), **options)
 
 
-out = _Terminal(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-err = _Terminal(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _WIDTH)
+out = _Terminal(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
+err = _Terminal(stderr=True, highlight=False, emoji=False, width=None if sys.stderr.isatty() else _WIDTH)
 
 
 class HarmlessFormatter(logging.Formatter):

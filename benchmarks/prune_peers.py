@@ -1,7 +1,7 @@
 """Peers of the pruning benchmark, each in a process of its own: onnxsim's structured pruning, and Torch-Pruning through onnx2torch.
 
 A peer is asked for the same share as we are: its sparsity is searched so that what it leaves (multiply-accumulates or parameters, as
-counted here) is as close below the goal as a bisection of eight steps gets. What it does not reach is written as it is.
+counted here) is as close below the goal as sparsities in steps of 1/64 get. What it does not reach is written as it is.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ PEERS: Final = {
     ),
     "Torch-Pruning": _TORCH_PRUNING,
 }
-_STEPS: Final = 4  # of the search, three sparsities in each process
+_STEPS: Final = 2  # of the search, a process each
+_PARTS: Final = 8  # into which a step parts what is left of the sparsities
 
 
 def cost(model: Model, what: str) -> float:
@@ -88,7 +89,7 @@ def prune(
         full, low, high = cost(model, what), 0.0, 1.0
         best: tuple[float, Model] | None = None
         for _ in range(_STEPS):
-            shares = [low + (high - low) * k / 4 for k in (1, 2, 3)]
+            shares = [low + (high - low) * k / _PARTS for k in range(1, _PARTS)]
             run = peer_process(PEERS[peer], source, data, folder, json.dumps(shares), python=python, timeout=600)
             found = []
             for number, share in enumerate(shares):

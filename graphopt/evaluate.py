@@ -38,6 +38,7 @@ def _quiet_options() -> Any:
     # Packed weights take other kernels: a weight that became constant would then sum in another order.
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = False  # sessions of single nodes are kept: their arenas would hold gigabytes
     options.log_severity_level = 4
     return options
 

@@ -24,7 +24,7 @@ import numpy as np
 from graphopt import equivalence
 from graphopt.analyses import allocation, calibration, gradients, latency
 from graphopt.analyses import prune_report as report
-from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, channel_groups
+from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, Kept, channel_groups
 from graphopt.analyses.cut import Cut
 from graphopt.analyses.folding import fold
 from graphopt.analyses.importance import SELECTORS, Curve, Family, curve, families, selector, sites
@@ -33,7 +33,7 @@ from graphopt.analyses.repair import repair as fit_to
 from graphopt.analyses.residual_blocks import Block, chains, residual_blocks
 from graphopt.edit import cleanup
 from graphopt.errors import UserError
-from graphopt.ir import Model
+from graphopt.ir import Constant, Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 
 Array = np.ndarray[Any, Any]
@@ -156,6 +156,7 @@ class PruneChannels(Pass):
                     original, model, cut.places, feeds, ctx.evaluate, stands=stands, seed=ctx.seed, progress=told
                 )
                 cleanup(model)
+                self._tell_unfitted(ctx, groups, gone, fits)
         if not removed:
             return 0
         self._report(
@@ -329,6 +330,20 @@ class PruneChannels(Pass):
 
     # ------------------------------------------------------------------------------------------------------ report
 
+    def _tell_unfitted(self, ctx: Context, groups: ChannelGroups, gone: set[int], fits: Sequence[Fit]) -> None:
+        """Say which layers behind the cut are only sliced, and why."""
+        kept, fitted = Kept(groups, gone), {fit.node for fit in fits}
+        found: dict[str, dict[str, None]] = {}
+        for contraction in groups.contractions:
+            node = contraction.node
+            if node.name not in fitted and not kept.mask(contraction.atoms).all():
+                why = _unfitted(node)
+                if why is not None:
+                    found.setdefault(why, {})[f"{node.name!r} ({node.op})"] = None
+        for why, names in found.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            ctx.remark(None, f"only sliced, not fitted: {', '.join([*names][:3])}{more}: {why}")
+
     def _reached(self, model: Model, groups: ChannelGroups) -> float:
         """The share of the cost that is left of what the model had before it was first pruned."""
         for entry in model.carried.metadata_props:
@@ -406,6 +421,20 @@ class PruneChannels(Pass):
                 f"relative squared error of the outputs: {middle}{after:.3g} at the end ({len(fits)} layers fitted)",
             )
         ctx.facts["prune-channels"] = told
+
+
+def _unfitted(node: Node) -> str | None:
+    """Why the repair leaves a layer alone; None where there is no layer, but two activations."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if node.op in ("LSTM", "GRU", "RNN"):
+        return "gates of a recurrent layer"
+    if weight is not None and weight.inputs and weight.inputs[0].op == "DequantizeLinear":
+        return "the weight is quantized; prune first, then quantize"
+    if not isinstance(weight, Constant):
+        return None
+    if len(weight.outputs) > 1:
+        return f"the weight is shared by {len(weight.outputs)} nodes"
+    return "too many columns, or a form that is not solved for"
 
 
 def _change(pair: Sequence[float]) -> str:

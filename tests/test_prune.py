@@ -145,6 +145,8 @@ def test_selector_of_ones_own_is_one_function() -> None:
     np.testing.assert_array_equal(kept.values.reshape(-1), [1, 0.5, -1, 2, 0.25, 1])
     with pytest.raises(UserError, match="write module:function"):
         prune(model, "{importance=no.such:thing}")
+    with pytest.raises(UserError, match="importance=a:b: No module"):
+        prune(model, "{importance=a:b}")
     with pytest.raises(UsageError, match="there are obs, activation"):
         Pipeline.parse("prune-channels{importance=obz}")
 
@@ -173,6 +175,36 @@ GRADED = """
       f = Reshape (h, flat)
       y = MatMul (f, d) }
 """
+
+
+def test_channels_that_hardly_vary_around_a_large_mean_are_weighed_without_overflow() -> None:
+    """Second moments in single precision say nothing of them: what roundings left must not be inverted."""
+    model = ir.parse(
+        CHAIN.replace("r = Relu (c)", "t = Add (c, k)\n r = Relu (t)").replace(
+            "<float[4", "<float[1] k = {1000}, float[4", 1
+        )
+    )
+    with np.errstate(all="raise", under="ignore"):
+        result = prune(model, "{ratio=0.5,align=1}", 1e-3 * noise(6, 2, 4, 4))
+    assert result.facts["prune-channels"]["error"]["repaired"] < 1
+
+
+def test_heads_go_whole() -> None:
+    """In both exports' forms; one folds the heads into the batch to transpose the keys."""
+    for name in ("vit.legacy", "vit.dynamo"):
+        model = Pipeline.parse("O2").run(ir.load(models.path(name))).model
+        options = "{heads=true,ratio=0.1,align=1,exclude=['*mlp*','val_74*','val_138*','val_202*']}"
+        result = prune(model, options, models.digits()["x_calib"][:32])
+        before, after = ([g.width for g in channel_groups(m, heads=True).groups] for m in (model, result.model))
+        assert sorted(before) == [4, 4, 4, 128, 128, 128]
+        assert sum(before) - sum(after) == result.rewrites > 0
+        assert top1(result.model) > 0.9
+
+
+def test_layers_that_are_only_sliced_are_named() -> None:
+    text = CHAIN.replace("y = Conv (r, b) }", "p = Conv (r, b) q = Conv (r, b) y = Add (p, q) }")
+    told = [str(r) for r in prune(ir.parse(text), "{ratio=0.3,align=1}", noise(8, 2, 4, 4)).remarks]
+    assert any("only sliced, not fitted" in text and "shared by 2 nodes" in text for text in told)
 
 
 def test_gradients_are_differences() -> None:
@@ -338,6 +370,21 @@ def test_latency_is_what_the_clock_says() -> None:
     assert Pipeline.parse("prune-channels{target=latency,ratio=0.7,align=2}").run(result.model, again).rewrites == 0
     with pytest.raises(UserError, match="needs a target that runs here"):
         prune(model, "{target=latency}", samples)
+    assert (
+        cli.run(
+            [
+                "opt",
+                str(models.path("vit.legacy")),
+                "-o",
+                "-",
+                "-p",
+                "prune-channels{target=latency}",
+                "--target",
+                "tensorrt-rtx",
+            ]
+        )
+        == 1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

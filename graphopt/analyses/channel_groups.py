@@ -120,6 +120,8 @@ class ChannelGroups:
         self.ambiguous: dict[str, tuple[int, ...]] = {}  # Reshapes that could carry channels on another axis, too
         self.carriers = dict(carriers or {})
         self.copies: set[int] = set()  # atoms of axes along which all indices are alike
+        self.folded: dict[int, Array] = {}  # by id of a Reshape: heads that the batch holds in front of it
+        self.outputs = list(model.graph.outputs)
         self._parent: list[int] = []
         self._why: dict[int, str] = {}  # root -> why it is pinned
         self._labels: dict[int, Labels | None] = {}

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from graphopt.analyses.channel_call import Call, relation
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.edit import Editor
+from graphopt.ir import Node
 
 if TYPE_CHECKING:
     from graphopt.analyses.channel_groups import Axis, Kept, Labels
@@ -38,7 +40,7 @@ def _reshape(call: Call) -> Sequence[Labels | None] | None:
     for old, new in _segments(call, before, after):
         sizes = [before[i] for i in old]
         if not all(isinstance(d, int) for d in [*sizes, *(after[j] for j in new)]):
-            if _by_groups(call, labels, before, after, old, new, result):
+            if _by_groups(call, labels, before, after, old, new, result) or _folds(call, labels, old, new, result):
                 continue
             for i in old:
                 call.pin(labels[i], "mixes it with a dimension that is known at run time only")
@@ -88,6 +90,47 @@ def _by_groups(
             continue
         return True
     return False
+
+
+def _folds(call: Call, labels: Sequence[Axis], old: Sequence[int], new: Sequence[int], result: list[Axis]) -> bool:
+    """Heads that are one axis with a batch known at run time only, for the time of a Transpose: they are carried past it.
+
+    ``[N, H, a, b] -> [N * H, a, b] -> [N * H, b, a] -> [N, H, b, a]``, as exporters write the keys of attention.
+    """
+    folded, node = call.groups.folded, call.node
+    if id(node) in folded:
+        atoms = folded[id(node)]
+        if list(old) == [0] and list(new) == [0, 1] and labels[0] is None:
+            result[1] = atoms
+            return True
+        call.pin(atoms, "mixes it with a dimension that is known at run time only")
+        return False
+    if list(old) != [0, 1] or list(new) != [0] or labels[0] is not None or labels[1] is None or call.ints(1) is None:
+        return False
+    chain: list[Node] = []
+    for op in ("Transpose", "Reshape"):
+        (tensor,) = (chain[-1] if chain else node).outputs
+        if len(tensor.outputs) != 1 or tensor.outputs[0].op != op or any(tensor is o for o in call.groups.outputs):
+            return False
+        chain.append(tensor.outputs[0])
+    move, last = chain
+    before, after = call.groups.shapes.shape(node.inputs[0]), call.groups.shapes.shape(last.outputs[0])
+    perm = [int(p) for p in move.attrs.get("perm", ())]
+    if before is None or after is None or len(before) != 4 or len(after) != 4 or perm[:1] != [0]:
+        return False
+    moved = [before[1 + p] for p in perm[1:]]
+    if list(after) != [*before[:2], *moved] or not isinstance(last.inputs[1], gs.Constant):
+        return False
+    atoms = labels[1]
+    folded[id(last)] = atoms
+
+    def fix(kept: Kept, edit: Editor) -> None:
+        if not kept.mask(atoms).all():
+            for tensor in (*node.outputs, *move.outputs):
+                tensor.shape = None
+
+    call.fix(fix)
+    return True
 
 
 def _segments(call: Call, before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:

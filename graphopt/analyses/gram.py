@@ -307,11 +307,17 @@ class Moments:
         return float(np.maximum(self.zz / n - (self.z / n) ** 2, 0).sum())
 
 
+def rounding(mean: Array) -> Any:
+    """How far second moments about a mean may be off, by columns (the last axis): sums in single precision, less what the mean takes."""
+    size = max(1, mean.shape[-1])
+    return np.finfo(np.float32).eps * math.sqrt(size) * np.square(mean).sum(-1) / size
+
+
 def ridge(moments: Moments, w: Array, strength: float, free_bias: bool) -> tuple[Array, Array]:
     """Weights and bias (as [groups, outputs]) that fit z best, pulled toward `w`."""
     mx, mz, sxx, szx, _ = moments.centred(free_bias)
     d = sxx.shape[-1]
-    lam = strength * np.trace(sxx, axis1=1, axis2=2, dtype=np.float64) / max(1, d) + 1e-12
+    lam = strength * np.trace(sxx, axis1=1, axis2=2, dtype=np.float64) / max(1, d) + rounding(mx) + 1e-12
     sxx[:, range(d), range(d)] += lam[:, None]
     szx += lam[:, None, None] * w
     solved = np.linalg.solve(sxx, szx.transpose(0, 2, 1)).transpose(0, 2, 1).astype(np.float64)

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses.channel_groups import ChannelGroups, Contraction, Group
-from graphopt.analyses.gram import MAX_COLUMNS, WIDE, Layer, Moments, layers
+from graphopt.analyses.gram import MAX_COLUMNS, WIDE, Layer, Moments, layers, rounding
 from graphopt.analyses.repair import Feeds, Runner, picks, pool
 from graphopt.errors import UserError
 from graphopt.pass_base import Evaluate
@@ -293,8 +293,8 @@ class _Reader:
         if self.diagonal is None:
             size = len(site.gram)
             damped = site.gram.astype(np.float64)
-            damped = damped + np.eye(size) * (_DAMP * np.trace(damped) / max(1, size) + 1e-12)
-            self.inverse = np.linalg.inv(damped).astype(np.float32)
+            damped += np.eye(size) * (_DAMP * np.trace(damped) / max(1, size) + rounding(site.mean) + 1e-12)
+            self.inverse = np.linalg.inv(damped)
 
     def errors(self) -> dict[int, float]:
         found: dict[int, float] = {}
@@ -326,11 +326,11 @@ class _Reader:
             assert self.diagonal is not None
             error = float(np.einsum("oj,j,oj->", w, self.diagonal[columns], w))
         else:
-            block = self.inverse[np.ix_(columns, columns)].astype(np.float64)
             lines = self.inverse[columns]
-            gain = np.linalg.solve(block, lines).astype(np.float32)
+            block = lines[:, columns]
+            gain = np.linalg.solve(block, lines)
             error = float(np.einsum("oj,oj->", w, np.linalg.solve(block, w.T).T))
-            self.weight -= w @ gain
+            self.weight -= (w @ gain).astype(np.float32)
             self.inverse -= lines.T @ gain
         self.weight[:, columns] = 0
         return max(0.0, error) / self.site.scale

@@ -417,7 +417,7 @@ def _solved(
     if kind.startswith("ridge"):  # the verdict is in: learn from those held out, too
         both = [rows.bent(matrix, vector) if "gated" in kind else rows.moments for rows in (fitted, held)]
         matrix, vector = ridge(both[0] + both[1], w, float(kind.split()[1]), free)
-    return Fit(layer.node.name, before / scale, error / scale, kind), matrix, vector
+    return Fit(layer.node.name, max(0.0, before / scale), max(0.0, error / scale), kind), matrix, vector
 
 
 def _strengths(columns: int) -> list[Sequence[float]]:

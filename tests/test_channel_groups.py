@@ -523,6 +523,21 @@ def test_dimension_that_an_output_declares_by_name_keeps_its_name() -> None:
     assert check_law(model, 0, 0.4) > 0
 
 
+def test_axes_of_size_one_beside_heads_that_the_batch_holds_are_no_error() -> None:
+    groups = groups_of("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[N,4,2,3] x) => (float[M,3,1,2] y)
+        <float[4,4,1,1] a = {1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}, int64[4] fold = {-1, 1, 2, 3}, int64[4] back = {-1, 4, 3, 2},
+         int64[4] last = {-1, 3, 1, 2}>
+        { c = Conv (x, a)
+          f = Reshape (c, fold)
+          t = Transpose <perm = [0, 3, 1, 2]> (f)
+          b = Reshape (t, back)
+          y = Reshape (b, last) }
+    """)
+    assert any("known at run time only" in why for why in groups.blocked())
+
+
 def test_channel_read_by_a_body_stays() -> None:
     groups = groups_of("""
         <ir_version: 8, opset_import: ["": 17]>

@@ -116,7 +116,7 @@ def _folds(call: Call, labels: Sequence[Axis], old: Sequence[int], new: Sequence
     move, last = chain
     before, after = call.groups.shapes.shape(node.inputs[0]), call.groups.shapes.shape(last.outputs[0])
     perm = [int(p) for p in move.attrs.get("perm", ())]
-    if before is None or after is None or len(before) != 4 or len(after) != 4 or perm[:1] != [0]:
+    if before is None or after is None or len(before) != 4 or len(after) != 4 or len(perm) != 3 or perm[0]:
         return False
     moved = [before[1 + p] for p in perm[1:]]
     if list(after) != [*before[:2], *moved] or not isinstance(last.inputs[1], gs.Constant):

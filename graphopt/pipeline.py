@@ -48,13 +48,13 @@ PRESETS: Final[dict[str, str]] = {
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
     "fuse-for-target": "lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,fuse-global-average-pool,fuse-depth-to-space,"
-    "fuse-weights,lower-gemm,fuse-attention,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu",
+    "fuse-weights,lower-gemm,fuse-attention,sink-nan-guards,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu",
     "O3": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
     # O3, but fusions without a sure gain are timed on this machine and kept where they are faster.
     "measured": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,"
-    "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,lower-gemm,fuse-attention{measure=true},lower-gemm,sink-transposes-through-products,"
+    "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,lower-gemm,fuse-attention{measure=true},sink-nan-guards,lower-gemm,sink-transposes-through-products,"
     "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
     "share-initializers,eliminate-dead,infer-shapes",
 }
@@ -257,8 +257,8 @@ def apply(step: Pass, model: Model, ctx: Context, before: Signature | None = Non
 
 
 def measures(steps: Iterable[Step]) -> bool:
-    """Whether one of `steps` quantizes or prunes."""
-    return any(p.exactness is Exactness.APPROXIMATE for p in _flatten(steps))
+    """Whether one of `steps` quantizes or prunes; rounding to a half type is neither."""
+    return any(p.exactness is Exactness.APPROXIMATE and p.rounds_to is None for p in _flatten(steps))
 
 
 class _Run:

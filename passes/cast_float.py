@@ -6,8 +6,8 @@ type, and a Cast stands where it ends. Which operators may compute in half follo
 
 1. what half has no range for: tensors that calibration data drives beyond it, constants beyond it (and the mask arithmetic behind
    them: a sum with -3.4e38 overflows, and a row of nothing but masked places would give NaN), constants that it would flush to 0, as an epsilon;
-2. what half has no digits for: exponentials, norms and long sums (kept in float32 inside fused kernels, so that the casts cost nothing there), numbers
-   made from integers alone, values that a Loop or Scan carries around;
+2. what half has no digits for: exponentials, norms and long sums (kept in float32 inside fused kernels, so that the casts cost nothing there), but for
+   normalizations that are defined to compute in float32 inside (``stash_type``); numbers made from integers alone, values that a Loop or Scan carries around;
 3. inputs and outputs of the model, unless ``io=convert``.
 
 ONNX Runtime's CPU has no kernels for half types, and its rewriting of float16 chains has crashed: for it the weights alone become half, and
@@ -45,6 +45,7 @@ _SENSITIVE: Final = frozenset((
     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
     "Multinomial",
 ))  # fmt: skip
+_STASHED: Final = {"LayerNormalization": 17, "RMSNormalization": 23, "GroupNormalization": 21}  # opset of stash_type
 _SUMS: Final = frozenset({"ReduceSum", "ReduceL1", "Sum"})
 _MOST_SUMMED: Final = 1024  # values, of which half still holds the sum to 11 bits when they are of one size
 _BOUNDED: Final = frozenset({"Clip", "Min", "Max"})  # a bound beyond half's range binds nothing in it
@@ -287,7 +288,9 @@ class _Run:
             return ""  # its kernels know no half
         if _selects(self.options.keep, node):
             return ""
-        if node.op in _SENSITIVE or (node.op == "Attention" and len(node.outputs) > 3 and node.outputs[3].name):
+        if node.op in _SENSITIVE and not self._stashes(node):
+            return ""
+        if node.op == "Attention" and len(node.outputs) > 3 and node.outputs[3].name:
             return ""  # the scores that Attention shows may hold the lowest number of its type
         if node.op in _SUMS and self._summed(node) > _MOST_SUMMED:
             return ""
@@ -307,6 +310,11 @@ class _Run:
                 if reason is not None:
                     return reason
         return None
+
+    def _stashes(self, node: Node) -> bool:
+        """Whether its definition says that it computes in float32 inside, whatever its operands are, so that no Cast has to."""
+        since = _STASHED.get(node.op)
+        return since is not None and node.is_onnx and self.model.opset >= since and node.attrs.get("stash_type", 1) == 1
 
     def _summed(self, node: Node) -> float:
         """How many values go into one of the results."""

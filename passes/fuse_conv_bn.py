@@ -11,7 +11,7 @@ output channel ``g * C_out / group + j`` belongs to rows ``g * C_in / group ..``
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -19,9 +19,12 @@ import onnx_graphsurgeon as gs
 
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Exactness
+from graphopt.pass_base import Context, Exactness
 from graphopt.rewrite import Match, Op, RewritePass, const, maybe, op
 
+_MEANS: Final = frozenset({"GlobalAveragePool", "ReduceMean"})
+_ACTIVATIONS: Final = frozenset({"Relu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish", "Mul", "Add", "Div"})
+_STEPS: Final = 5  # Add, Clip, Mul, Div and the mean
 _BLOCK: Final = 1 << 17  # elements folded at a time
 
 
@@ -51,6 +54,20 @@ class FuseConvBatchNorm(RewritePass):
         name="bn",
     )
 
+    squeezed: bool | None = (
+        None  # also of depthwise convolutions that are averaged; none: not for tensorrt-rtx and a symbolic batch
+    )
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """Fold all that can be; returns their number."""
+        if self.squeezed is not None:
+            return super().run(model, ctx)
+        rtx = ctx.target is not None and ctx.target.family == "tensorrt-rtx"
+        fixed = all(
+            spec.shape is not None and isinstance(spec.shape[0], int) for spec in model.inputs if spec.shape != ()
+        )
+        return replace(self, squeezed=not rtx or fixed or ctx.products_stay).run(model, ctx)
+
     def check(self, match: Match, model: Model) -> str | None:
         """Why the BatchNormalization cannot be folded, or None."""
         bn, conv, w = match.nodes["bn"], match.nodes["conv"], match["w"]
@@ -69,6 +86,8 @@ class FuseConvBatchNorm(RewritePass):
         for name in ("scale", "bias", "mean", "var"):
             if tuple(match[name].shape) != (channels,):
                 return f"{name} {match[name].name!r} has shape {list(match[name].shape)}, the convolution has {channels} channels"
+        if not self.squeezed and int(conv.attrs.get("group", 1)) == channels > 1 and _averaged(bn.outputs[0]):
+            return "TensorRT for RTX takes the mean behind this depthwise convolution in a kernel of its own once it is folded"
         folded = _folded(match)
         if not (np.isfinite(folded.largest) and np.isfinite(folded.weight).all() and np.isfinite(folded.bias).all()):
             return f"folding would make weight {w.name!r} infinite or NaN in {w.dtype}"
@@ -88,6 +107,13 @@ class FuseConvBatchNorm(RewritePass):
         fused.carried = conv.carried
         edit.insert_after(bn, fused, origin=(conv, bn))
         return result
+
+
+def _averaged(tensor: gs.Tensor, steps: int = _STEPS) -> bool:
+    """Whether a mean over positions is taken of it, activation between: squeeze and excitation."""
+    return steps > 0 and any(
+        n.op in _MEANS or (n.op in _ACTIVATIONS and _averaged(n.outputs[0], steps - 1)) for n in tensor.outputs
+    )
 
 
 def _out_channels(conv: Node, w: gs.Constant) -> int:

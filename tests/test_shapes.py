@@ -177,6 +177,7 @@ def facts(text: str, tensor: str) -> tuple[list[str] | None, list[str] | None]:
         ("y = Tile (x, reps)", ["N", "2*S", "18"], None),
         ("y = Slice (x, one, big, one)", ["N", "max(0,S - 1)", "6"], None),
         ("y = Slice (x, zero, one, one)", ["N", "min(1,S)", "6"], None),
+        ("l = Shape (x) d, y, e = Split <num_outputs = 3> (l)", ["1"], ["S"]),
         ("a, y = Split <axis = 2, num_outputs = 2> (x)", ["N", "S", "3"], None),
         ("y = MaxPool <kernel_shape = [2], strides = [2]> (x)", ["N", "S", "3"], None),
         ("y = NonZero (x)", ["3", "?(0)"], None),

@@ -506,6 +506,18 @@ def _gather_value(call: Call) -> Sequence[Any]:
     return [np.asarray(np.take(value, indices.astype(np.int64), axis=int(call.attr("axis", 0))), object)]
 
 
+@_value_of("Split")
+def _split_value(call: Call) -> Sequence[Any]:
+    value, parts = call.value(0), _split(call)
+    if value is None or any(part is None for part in parts):
+        return []
+    axis = int(call.attr("axis", 0)) % value.ndim
+    sizes = [part[axis] for part in parts]
+    if not all(isinstance(size, int) for size in sizes) or sum(sizes) != value.shape[axis]:
+        return []
+    return np.split(value, np.cumsum(sizes)[:-1], axis)
+
+
 @_value_of("Slice")
 def _slice_value(call: Call) -> Sequence[Any]:
     value = call.value(0)

@@ -1,12 +1,13 @@
 """Latency under ONNX Runtime: what `-O3 --target ort:cpu` makes of a model, against the model with all of ONNX Runtime's own optimizations.
 
 Both run in this process, one call each in turn (`graphopt.measure.interleave`), on 1 and on 2 threads. Where ONNX Runtime's transformers optimizer
-applies (``--transformers``), its result is a third contestant. ``--kernels`` compares single operators with the parts they stand for: what the
+applies (``--transformers``), its result is a third contestant. ``--profile`` says where the time goes, by operator. ``--kernels`` compares single operators with the parts they stand for: what the
 passes for ort:cpu decide by.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -169,6 +170,58 @@ def latencies(
     return table
 
 
+# ------------------------------------------------------------------------------------------- where the time goes
+
+
+def profiled(path: Path, feeds: Arrays, runs: int, folder: Path) -> dict[str, tuple[int, float]]:
+    """By operator of what ONNX Runtime makes of the model: how many nodes, and the microseconds of a run on one thread in all of their kernels."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = 1
+    settings.log_severity_level = 4
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(folder / path.stem)
+    opened = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    for _ in range(runs):
+        opened.run(None, feeds)
+    spent: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(Path(opened.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent.setdefault((event["args"]["op_name"], event["name"]), []).append(float(event["dur"]))
+    found: dict[str, tuple[int, float]] = {}
+    for (op, _), durations in spent.items():
+        count, total = found.get(op, (0, 0.0))
+        found[op] = count + 1, total + float(np.median(durations)) * len(durations) / runs
+    return found
+
+
+def profiles(chosen: Sequence[catalogue.Graph], passes: str, runs: int, seed: int) -> Table:
+    """What the kernels of each operator take, in the original and in ours, both as ONNX Runtime optimizes them."""
+    columns = [
+        *(Column("graph", "graph"), Column("operator", "operator")),
+        *(Column("nodes", "nodes", "d"), Column("spent", "original us", ".0f")),
+        *(Column("ours_nodes", "our nodes", "d"), Column("ours", "ours us", ".0f"), Column("share", "of ours", ".0%")),
+    ]
+    table = Table("Kernels by operator, 1 thread, as ONNX Runtime's profiler counts them", columns)
+    with tempfile.TemporaryDirectory(prefix="graphopt-profile-") as folder:
+        for graph in chosen:
+            feeds = inputs(graph, seed)
+            ours = optimized(graph, Path(folder), passes, Target("ort", "cpu"))
+            before, after = (profiled(path, feeds, runs, Path(folder)) for path in (graph.path, ours))
+            total = sum(spent for _, spent in after.values())
+            for op in sorted({*before, *after}, key=lambda op: (-after.get(op, (0, 0.0))[1], op)):
+                (nodes, spent), (ours_nodes, own) = before.get(op, (0, 0.0)), after.get(op, (0, 0.0))
+                if max(own, spent) < 0.01 * total:
+                    continue
+                table.add(
+                    graph=graph.name, operator=op, nodes=nodes, spent=spent, ours_nodes=ours_nodes, ours=own, share=own / total
+                )  # fmt: skip
+            table.note += f"{graph.name}: {sum(s for _, s in before.values()):.0f} us before, {total:.0f} us after. "
+    table.note += (
+        f"Each kernel's median of {runs} runs; operators below 1 % are left out, the profiler's own time is in."
+    )
+    return table
+
+
 # ----------------------------------------------------------------------------------------------------- single kernels
 
 
@@ -322,6 +375,7 @@ def main(
     python: Annotated[
         str | None, typer.Option("--python", help=f"Its interpreter; default ${PEERS_VARIABLE}, else this one.")
     ] = None,
+    where: Annotated[bool, typer.Option("--profile", help="Time by operator, before and after, instead.")] = False,
     only_kernels: Annotated[bool, typer.Option("--kernels", help="Single operators against their parts.")] = False,
     rounds: Rounds = 31,
     seed: Seed = 0,
@@ -343,6 +397,9 @@ def main(
     chosen = [g for g in found if len(found) == 1 or g.path.stat().st_size < _LARGEST]
     if not chosen:
         raise UsageError(f"no graph in {str(home)!r} fits {graphs!r}; make them with python -m benchmarks.graphs")
+    if where:
+        publish(profiles(chosen, passes, 10 * rounds, seed), markdown=markdown, json_file=json_file)
+        return
     interpreter = (python or os.environ.get(PEERS_VARIABLE) or sys.executable) if transformers else None
     table = latencies(chosen, counts, passes, interpreter, rounds, seed)
     publish(table, markdown=markdown, json_file=json_file)

@@ -21,11 +21,12 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.equal_channels import Columns, EqualChannels
 from graphopt.edit import Editor
 from graphopt.ir import Constant, Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.pass_base import TENSORRT, Context, Exactness, Pass
 
 Array = np.ndarray[Any, Any]
 
 _LAYERS: Final = frozenset({"Conv", "Gemm", "MatMul"})
+_TILE: Final = 8  # channels that half-precision convolutions of TensorRT take at a time
 _LARGEST_WEIGHT: Final = 1 << 31  # elements; whatever is larger is no layer's
 
 
@@ -52,6 +53,12 @@ class MergeEqualChannels(Pass):
     ops: ClassVar[frozenset[str] | None] = frozenset({"ConstantOfShape"})
 
     budget: int = 1 << 20  # bytes by which a pipeline may let the file grow, as fold-constants has it
+    keep: int | None = None  # channels that stay of those that are equal; none: 8 for TensorRT, whose half kernels pad fewer, else 1
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"keep={self.keep} leaves no channel")
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of channel classes (or balanced sets of them) removed."""
@@ -60,7 +67,8 @@ class MergeEqualChannels(Pass):
         if not weights.places:
             return 0
         equal = EqualChannels(model)
-        removed, count = _admitted(equal, ctx)
+        engine = ctx.target is not None and ctx.target.family in TENSORRT
+        removed, count = _admitted(equal, self.keep or (_TILE if engine else 1), ctx)
         slices = equal.groups.bytes_after(removed) if removed else {}
         growth = sum(slices.values()) - sum(weights.stored.get(key, 0) for key in slices)
         if growth > self.budget - ctx.spent.get("bytes", 0):
@@ -155,9 +163,9 @@ def _fill(node: Node, edit: Editor) -> Array | None:
     return np.broadcast_to(value.reshape(()), shape)
 
 
-def _admitted(equal: EqualChannels, ctx: Context) -> tuple[dict[int, int], int]:
+def _admitted(equal: EqualChannels, keep: int, ctx: Context) -> tuple[dict[int, int], int]:
     """The classes to remove with the one that stands for each, and in how many sets."""
-    stands = {other: members[0] for members in equal.twins() for other in members[1:]}
+    stands = {other: members[0] for members in equal.twins() for other in members[keep:]}
     sets = equal.groups.balanced(stands)
     stay = len(stands) - sum(map(len, sets))
     if stay:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from graphopt.analyses.idioms import members
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
@@ -46,6 +47,7 @@ class FuseConvScale(Pass):
         shapes = ctx.analysis(Shapes, model)
         edit = Editor(model)
         fused = 0
+        idioms = members(model, edit)
         for node in list(model.nodes()):
             for before in (True, False):
                 if edit.is_erased(node):
@@ -54,6 +56,9 @@ class FuseConvScale(Pass):
                 if found is None:
                     continue
                 conv, scale, index = found
+                if id(scale) in idioms:
+                    ctx.remark(scale, "it stays part of a normalization or a Gelu, which runtimes fuse")
+                    continue
                 folded = _folded(conv, scale, index, before, shapes, edit)
                 if isinstance(folded, str):
                     ctx.remark(node, folded)

@@ -53,7 +53,9 @@ class MergeEqualChannels(Pass):
     ops: ClassVar[frozenset[str] | None] = frozenset({"ConstantOfShape"})
 
     budget: int = 1 << 20  # bytes by which a pipeline may let the file grow, as fold-constants has it
-    keep: int | None = None  # channels that stay of those that are equal; none: 8 for TensorRT, whose half kernels pad fewer, else 1
+    keep: int | None = (
+        None  # channels that stay of those that are equal; none: 8 for TensorRT, whose half kernels pad fewer, else 1
+    )
 
     def __post_init__(self) -> None:
         """Check the options."""

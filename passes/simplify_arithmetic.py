@@ -21,7 +21,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass, Place
+from graphopt.pass_base import TENSORRT, Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 
@@ -57,11 +57,12 @@ class SimplifyArithmetic(Pass):
         """One sweep in topological order; returns the number of nodes removed."""
         shapes = ctx.analysis(Shapes, model)
         edit = Editor(model)
+        engine = ctx.target is not None and ctx.target.family in TENSORRT
         total = 0
         for node in list(model.nodes()):
             if node.op not in ("Add", "Sub", "Mul", "Div", "Neg", "Sum") or not node.is_onnx or model.opset < 7:
                 continue
-            for rule in (_of_two, _without_zero, _double_sign, _combined):
+            for rule in (_of_two, _biased if engine else _without_zero, _double_sign, _combined):
                 found = rule(node, shapes, edit)
                 if isinstance(found, str):
                     ctx.remark(node, found)
@@ -119,6 +120,14 @@ def _without_zero(node: Node, shapes: Shapes, edit: Editor) -> Found:
             if shape is not None and shape == shapes.shape(result):
                 return source if edit.can_replace(result, source) else None
     return None
+
+
+def _biased(node: Node, shapes: Shapes, edit: Editor) -> Found:
+    """As `_without_zero`, but for a bias of zeros behind a product: behind it TensorRT for RTX lays out queries, keys and values in one kernel each;
+    reading the product itself, it computes strides in several."""
+    made = [p for t in node.inputs if (p := edit.producer(t)) is not None and p.op == "MatMul"]
+    row = any(edit.is_fixed(t) and len(t.shape) == 1 and t.values.size > 1 for t in node.inputs)
+    return None if made and row else _without_zero(node, shapes, edit)
 
 
 def _double_sign(node: Node, shapes: Shapes, edit: Editor) -> Found:

@@ -85,6 +85,63 @@ def test_one_operator_for_several_is_written_where_the_target_gains(
     equivalence.compare(model, found, allowed=allowed).require(passes)
 
 
+# What TensorRT for RTX fuses better as it is: (passes, model, operator, how many for it, how many elsewhere).
+LEFT = {
+    "a bias of zeros behind a product": (
+        "fuse-weights",
+        """g (float[N,S,2] x) => (float[N,S,2] y) <float[2,2] w = {1,2,3,4}, float[2] b = {0,0}>
+        { a = MatMul (x, w)  c = Add (a, b)  y = Exp (c) }""",
+        "Add", 1, 0,
+    ),
+    "a normalization between a depthwise convolution and a mean": (
+        "fuse-conv-bn",
+        """g (float[N,2,4,4] x) => (float[N,2,1,1] y)
+        <float[2,1,1,1] w = {2,3}, float[2] s = {3,1}, float[2] b = {1,1}, float[2] m = {1,0}, float[2] v = {1,1}>
+        { c = Conv <group = 2> (x, w)  n = BatchNormalization (c, s, b, m, v)  r = Relu (n)  y = GlobalAveragePool (r) }""",
+        "BatchNormalization", 1, 0,
+    ),
+    "the same, when the batch is fixed": (
+        "fuse-conv-bn",
+        """g (float[1,2,4,4] x) => (float[1,2,1,1] y)
+        <float[2,1,1,1] w = {2,3}, float[2] s = {3,1}, float[2] b = {1,1}, float[2] m = {1,0}, float[2] v = {1,1}>
+        { c = Conv <group = 2> (x, w)  n = BatchNormalization (c, s, b, m, v)  r = Relu (n)  y = GlobalAveragePool (r) }""",
+        "BatchNormalization", 0, 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_an_engine_fuses_better_is_left_for_it(name: str) -> None:
+    passes, text, op, for_engine, elsewhere = LEFT[name]
+    model = ir.parse(text)
+    for target, count in (("tensorrt-rtx:sm89", for_engine), ("ort:cpu", elsewhere)):
+        found = fused(model, passes, target)
+        assert sum(n.op == op for n in found.nodes()) == count
+        allowed = equivalence.tolerance(Exactness.REASSOCIATING, 3, equivalence.float_types(model))
+        equivalence.compare(model, found, allowed=allowed).require(passes)
+
+
+def test_a_guard_against_nan_is_behind_the_product_for_engines_alone() -> None:
+    text = """g (float[2,3] s, float[3,4] v) => (float[2,4] y) <float zero = {0}>
+    { p = Softmax (s)  n = IsNaN (p)  w = Where (n, zero, p)  y = MatMul (w, v) }"""
+    behind = {
+        t: next(n for n in fused(ir.parse(text), "O3", t).nodes() if n.op == "IsNaN") for t in ("tensorrt", "ort:cpu")
+    }
+    assert {t: n.inputs[0].inputs[0].op for t, n in behind.items()} == {"tensorrt": "MatMul", "ort:cpu": "Softmax"}
+
+
+def test_eight_of_equal_channels_stay_for_engines() -> None:
+    text = """g (float[1,1,2,2] x) => (float[1,1,2,2] y) <int64[4] s = {16,1,1,1}, int64[4] r = {1,16,1,1}>
+    { w = ConstantOfShape <value = float[1] {0.5}> (s)  c = Conv (x, w)  v = ConstantOfShape <value = float[1] {0.25}> (r)  y = Conv (c, v) }"""
+    for target, channels in (("tensorrt", 8), ("ort:cpu", 1)):
+        convolution = next(n for n in fused(ir.parse(text), "merge-equal-channels", target).nodes() if n.op == "Conv")
+        assert convolution.inputs[1].shape[0] == channels
+
+
+def test_half_precision_does_not_keep_attention_apart() -> None:
+    assert any(node.op == "Attention" for node in fused(ir.load(VIT), "O3,cast-float", "ort:cpu").nodes())
+
+
 def test_one_model_for_one_target_is_the_same_bytes_each_time() -> None:
     first, second = (ir.saves(fused(ir.load(VIT), "O3", "ort:cpu")) for _ in range(2))
     assert first == second

@@ -47,7 +47,7 @@ class SimplifyArithmetic(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     places: ClassVar[tuple[Place, ...]] = (
-        Place(("Add", "Sub"), ("Add", "Sub", "Neg")),
+        Place(("Add", "Sub"), ("Add", "Sub", "Neg"), otherwise="add zeros"),
         Place(("Mul", "Div"), ("Mul", "Div")),
         Place(("Neg",), ("Neg",)),
         Place(("Sum",), otherwise="have two operands"),

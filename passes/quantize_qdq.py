@@ -16,7 +16,7 @@ import onnx
 
 from graphopt.analyses import calibration, gram, weights
 from graphopt.analyses.gram import Layer
-from graphopt.analyses.placement import WEIGHTED, Codes, Placer, Plan, operators, refusal, selects, sizes
+from graphopt.analyses.placement import WEIGHTED, Codes, Placer, Plan, depth, operators, refusal, selects, sizes
 from graphopt.analyses.quantized import forms
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
 from graphopt.analyses.rounding import rounded
@@ -35,6 +35,8 @@ _JUDGED_ON: Final = 64  # samples that auto and bias correction look at, at most
 _RANGE_WORK: Final = 1 << 35  # multiply-accumulates of the samples that auto looks at, about
 _BIAS_WORK: Final = 1 << 37  # and of those for bias correction
 _SINGLE: Final = 0.05  # share of the multiply-accumulates below which a convolution on its own stays float
+_TOGETHER: Final = 0.2  # share of all such together from which on those become int8
+_DEEP: Final = 128  # that have so many products for each value: coding two values costs about as much
 _HEAVY: Final = 1 << 33  # multiply-accumulates of a sample from which on auto does not draw in ends
 
 
@@ -203,14 +205,18 @@ class _Run:
         placer = Placer(self.model, self.edit, chosen, True)
         placer.plan()
         work = calibration.effort(self.model, self.ctx.data)
+        share = {n.name: work.nodes.get(n.name, work.macs) / max(1, work.macs) for n in chosen}
+        alone = [
+            n for n in chosen if n.op == "Conv" and len(chosen) > 1 and share[n.name] < _SINGLE and placer.alone(n)
+        ]
+        many = sum(share[n.name] for n in alone) >= _TOGETHER
         kept = []
         for node in chosen:
-            share = work.nodes.get(node.name, work.macs) / max(1, work.macs)
-            if node.op == "Conv" and len(chosen) > 1 and share < _SINGLE and placer.alone(node):
-                told = (
-                    f"{100 * share:.1f} % of the multiply-accumulates, among float operators: its codes would cost more"
-                )
-                self.ctx.remark(node, f"stays float: {told}")
+            if any(node is n for n in alone) and not (many and depth(node) >= _DEEP):
+                told = f"{100 * share[node.name]:.1f} % of the multiply-accumulates"
+                if many:
+                    told = f"{depth(node)} products a value"
+                self.ctx.remark(node, f"stays float: {told}, among float operators: its codes would cost more")
             else:
                 kept.append(node)
         return kept

@@ -381,3 +381,9 @@ def sizes(node: Node) -> tuple[int, int]:
     if node.op == "Conv":
         return int(shape[1]) * int(node.attrs.get("group", 1)), int(shape[0])
     return (int(shape[1]), int(shape[0])) if node.attrs.get("transB", 0) else (int(shape[-2]), int(shape[-1]))
+
+
+def depth(node: Node) -> int:
+    """Products that make up one value of a weighted operator's result."""
+    weight: Any = weight_of(node)
+    return int(np.prod(weight.shape)) // max(1, sizes(node)[1])

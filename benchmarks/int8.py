@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -51,6 +52,7 @@ from benchmarks.harness import (
     publish,
     script,
 )
+from benchmarks.int8_rtx import engines, engines_table
 from benchmarks.int8_text import WordPiece, batches, embed, pairs, spearman
 from graphopt import ir, models
 from graphopt.coverage import INTEGER, onnxruntime_coverage
@@ -119,6 +121,7 @@ class Network:
     calibration: Array
     images: Array
     labels: Array | None  # None: agreement alone counts
+    settings: tuple[str, ...] | None = None  # none: all of them
 
     @property
     def input(self) -> str:
@@ -152,6 +155,13 @@ def networks(folder: Path | None, graphs: Path | None) -> Iterator[Network]:
         small = [stored[k][:n].repeat(7, axis=1).repeat(7, axis=2) for k, n in (("x_train", 32), ("x_test", 100))]
         large = [np.ascontiguousarray((s.astype(np.float32) / 127.5 - 1).transpose(0, 3, 1, 2)) for s in small]
         yield Network("EfficientNet-Lite0", ir.load(large_net), large[0], large[1], None)
+    for name in (
+        ("mat_resnet50", "mat_densenet121") if graphs is not None else ()
+    ):  # random weights: their time alone says something
+        path = (graphs or Path()) / f"{name}.onnx"
+        if path.exists():
+            noise = np.random.default_rng(0).standard_normal((16, 3, 224, 224)).astype(np.float32)
+            yield Network(name, ir.load(path), noise, noise, None, TIMED)
 
 
 def normalized(images: Array) -> Array:
@@ -266,6 +276,7 @@ def gated(source: Path, target: Path, network: Network) -> None:
     ir.save(search(model, TARGET, Pipeline(), data).result.model, target)
 
 
+TIMED: Final = ("graphopt", "graphopt build --int8 (gate)", "ORT S8S8", "ORT U8S8")
 PEERS: list[str] = []  # the interpreter that has them, where one was named
 PEER_CODE: Final = {"onnxsim static": ONNXSIM, "nncf": NNCF, "modelopt max": MODELOPT}
 STEPS: Final = {
@@ -310,6 +321,8 @@ def accuracy(network: Network, folder: Path, table: Table, rounds: int, seed: in
     reference = logits(source, network, True)
     made: dict[str, tuple[Path, float]] = {}
     settings = {**SETTINGS, **({name: peer(code) for name, code in PEER_CODE.items()} if PEERS else {})}
+    if network.settings is not None:
+        settings = {name: settings[name] for name in network.settings}
     for number, (name, make) in enumerate(settings.items()):
         path = folder / f"{number}.onnx"
         start = time.perf_counter()
@@ -489,6 +502,7 @@ def main(
     rounds: Rounds = 31,
     seed: Seed = 0,
     avx2: Annotated[bool, typer.Option("--avx2", help="Also run on an emulated CPU without VNNI (slow).")] = False,
+    rtx: Annotated[bool, typer.Option(help="Also build engines of the digits networks for sm80 and sm89.")] = True,
     only: Annotated[str, typer.Option(help="Networks whose name holds this text.")] = "",
     markdown: MarkdownFile = None,
     json_file: JsonFile = None,
@@ -543,8 +557,9 @@ def main(
         ],
         note="Mean-pooled embeddings; 64 of the 1,500 pairs calibrate and are not judged on; time over float, one thread.",
     )
+    fifth = engines_table()
     PEERS[:] = [python] if python else []
-    tables = (first, second, third, fourth)
+    tables = (first, second, third, fourth, fifth)
     progress = State(state, tables)
     for network in networks(folder, graphs):
         if only not in network.name:
@@ -567,6 +582,11 @@ def main(
             with progress.network("MiniLM") as wanted:
                 if wanted:
                     sentences(ir.load(found), scores, words, fourth, rounds, seed)
+    digits = models.digits()
+    for name in ("resnet", "mobilenet", "concat", "vit") if rtx and importlib.util.find_spec("tensorrt_rtx") else ():
+        with progress.network(f"engines of {name}") as wanted:
+            if wanted:
+                engines(f"digits {name}", ir.load(ROOT / "models" / f"{name}.legacy.onnx"), digits["x_calib"], fifth)
     publish(*(t for t in tables if t.rows), markdown=markdown, json_file=json_file)
 
 

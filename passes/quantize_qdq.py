@@ -138,14 +138,14 @@ class _Run:
         if not chosen:
             return 0
         chosen = self._without_single(chosen)
-        plan = Placer(self.model, self.edit, chosen, self.chains).plan()
+        plan = self._placer(chosen).plan()
         missing = self._calibrate(plan)
         while missing:  # without data: keep what has known ranges
             rest = [n for n in chosen if not self._touches(n, missing)]
             if not rest or len(rest) == len(chosen):
                 return 0
             chosen = rest
-            plan = Placer(self.model, self.edit, chosen, self.chains).plan()
+            plan = self._placer(chosen).plan()
             missing = self._unknown(plan)
         admitted = []
         for node in chosen:
@@ -155,13 +155,13 @@ class _Run:
         if not admitted:
             return 0
         if len(admitted) < len(chosen):
-            plan = Placer(self.model, self.edit, admitted, self.chains).plan()
+            plan = self._placer(admitted).plan()
         self._write(plan, self._affines(plan))
         return len(plan.nodes)
 
     def twins(self) -> dict[str, Twin]:
         """Codes and weights as `run` would choose them, by name of the operator; nothing is changed."""
-        plan = Placer(self.model, self.edit, self._without_single(self._choose()), self.chains).plan()
+        plan = self._placer(self._without_single(self._choose())).plan()
         if self._calibrate(plan):
             raise UsageError("quantize-qdq: sensitivity needs calibration data; give --data")
         found = self._affines(plan)
@@ -170,6 +170,10 @@ class _Run:
         return {n.name: Twin(scales[id(n.inputs[0])], quantized[n.name].values()) for n in plan.nodes}
 
     # -------------------------------------------------------------------------------------------------- what to do
+
+    def _placer(self, chosen: list[Node]) -> Placer:
+        rtx = self.ctx.target is not None and self.ctx.target.runtime == "tensorrt-rtx"
+        return Placer(self.model, self.edit, chosen, self.chains, projections=not rtx)
 
     def _choose(self) -> list[Node]:
         shapes = self.ctx.analysis(Shapes, self.model)
@@ -202,7 +206,7 @@ class _Run:
         """`chosen` but for small convolutions among float operators: to code their input and result costs more than they have to gain."""
         if not self.chains or self.ctx.data is None or not any(n.op == "Conv" for n in chosen):
             return chosen
-        placer = Placer(self.model, self.edit, chosen, True)
+        placer = self._placer(chosen)
         placer.plan()
         work = calibration.effort(self.model, self.ctx.data)
         share = {n.name: work.nodes.get(n.name, work.macs) / max(1, work.macs) for n in chosen}
@@ -249,7 +253,7 @@ class _Run:
         return [c for c in plan.codes if c.low is None or c.high is None]
 
     def _touches(self, node: Node, missing: list[Codes]) -> bool:
-        placer = Placer(self.model, self.edit, [node], self.chains)
+        placer = self._placer([node])
         near = {id(node.inputs[0])}
         if self.chains and node.op == "Conv":
             near.add(id(placer.result(node)))

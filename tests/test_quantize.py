@@ -457,6 +457,7 @@ def test_rtx_runs_every_placed_layer_in_int8_without_round_trips(tmp_path) -> No
     sums = [k for k in artifact.kernels if "AddRelu" in k.name and "Add_output" not in k.name and "Int8" in k.inputs]
     assert sums
     assert all(k.outputs == ("Int8",) for k in sums)
+    assert not [k.name for k in artifact.kernels if "RounCastCast" in k.name]
 
 
 def test_onnxruntime_is_the_version_whose_fusions_were_measured() -> None:

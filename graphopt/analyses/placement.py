@@ -6,7 +6,8 @@ needs no codes on its output, and gets them only where the next reader wants cod
 
 TensorRT (``chains=False``) pulls the next reader's codes back into the kernel before by itself, and a pair between a convolution and
 what it could fuse with costs. So codes stand on the inputs of weighted operators alone, and on the skip of a residual sum,
-which shares those of the block's first convolution.
+which shares those of the block's first convolution. Where the skip is a projection, enterprise TensorRT adds it to the other branch in that branch's
+kernel if it has codes; TensorRT for RTX adds in a float kernel of its own, where codes would be a round trip (``projections=False``).
 """
 
 from __future__ import annotations
@@ -145,8 +146,10 @@ def clip_bounds(node: Node, edit: Editor) -> tuple[float | None, float | None] |
 class Placer:
     """Works out a `Plan` for chosen nodes."""
 
-    def __init__(self, model: Model, edit: Editor, chosen: Sequence[Node], chains: bool) -> None:
-        self.model, self.edit, self.chains = model, edit, chains
+    def __init__(
+        self, model: Model, edit: Editor, chosen: Sequence[Node], chains: bool, projections: bool = True
+    ) -> None:
+        self.model, self.edit, self.chains, self.projections = model, edit, chains, projections
         self.chosen = list(chosen)
         self._chosen = {id(n) for n in chosen}
         self._codes: dict[int, Codes] = {}
@@ -304,7 +307,9 @@ class Placer:
         for index in (0, 1):
             if backed[1 - index] and id(node.inputs[index]) in self._codes:
                 return node.inputs[index]
-        if all(backed) and len(node.inputs) == 2:  # two branches: the shorter one, a projection of the skip, gets codes
+        if (
+            self.projections and all(backed) and len(node.inputs) == 2
+        ):  # two branches: the shorter one, a projection of the skip, gets codes
             lengths = [self._depth(t) for t in node.inputs]
             index = 0 if lengths[0] < lengths[1] else 1
             self._mark(node.inputs[index])

@@ -128,6 +128,12 @@ class Network:
         """The name of the one input."""
         return self.model.inputs[0].name
 
+    @property
+    def most(self) -> int:
+        """Samples that a run may have: the model's own number where that is fixed."""
+        first = (self.model.inputs[0].shape or ("N",))[0]
+        return first if isinstance(first, int) else 100
+
 
 def networks(folder: Path | None, graphs: Path | None) -> Iterator[Network]:
     digits = models.digits()
@@ -184,7 +190,7 @@ def logits(path: Path, network: Network, optimized: bool) -> Array:
     """Of all images on the kernels; of the first thousand as written, which is slow."""
     running = session(path, optimized, 2)
     images = network.images if optimized else network.images[:1000]
-    return np.concatenate([running.run(None, {network.input: p})[0] for p in pieces(images, 100)])
+    return np.concatenate([running.run(None, {network.input: p})[0] for p in pieces(images, network.most)])
 
 
 def pieces(images: Array, size: int) -> Iterator[Array]:
@@ -213,7 +219,8 @@ def theirs(
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]
             def __init__(self) -> None:
-                self.pieces = iter(np.array_split(network.calibration, len(network.calibration) // 16))
+                size = min(16, network.most)
+                self.pieces = iter(np.array_split(network.calibration, len(network.calibration) // size))
 
             def get_next(self) -> dict[str, Array] | None:
                 piece = next(self.pieces, None)
@@ -336,7 +343,7 @@ def accuracy(network: Network, folder: Path, table: Table, rounds: int, seed: in
             continue
         made[name] = path, time.perf_counter() - start
     ratios: dict[str, dict[int, float]] = {name: {} for name in made}
-    for batch in (1, 8):
+    for batch in (1, 8) if network.most >= 8 else (1,):
         sample = {network.input: network.images[:batch]}
         running = {"float": session(source), **{name: session(path) for name, (path, _) in made.items()}}
         calls = {name: (lambda s=s, sample=sample: s.run(None, sample)) for name, s in running.items()}
@@ -358,7 +365,7 @@ def accuracy(network: Network, folder: Path, table: Table, rounds: int, seed: in
             agreement=100 * float(np.mean(kernels.argmax(1) == reference.argmax(1))),
             int8=int8_layers(path),
             one=ratios[name][1],
-            eight=ratios[name][8],
+            eight=ratios[name].get(8),
             seconds=seconds,
         )
 

@@ -7,14 +7,16 @@ It needs no calibration data and suits transformers on ONNX Runtime's CPU provid
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import weights
-from graphopt.analyses.placement import operators, refusal, selects, sizes
+from graphopt.analyses.placement import check_patterns, operators, refusal, selects, sizes
+from graphopt.analyses.rounding import rounded_on
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node, Variable
@@ -45,6 +47,7 @@ class QuantizeDynamic(Pass):
 
     exclude: tuple[str, ...] = ()  # names (with * and ?) or operators of nodes to leave in float
     pair_safe: bool = True  # weights that cannot saturate on x86 without VNNI
+    rounding: Literal["gptq", "nearest"] = "gptq"  # gptq, with --data: errors of the codes cancel on the samples
     min_channels: int = 1  # products with fewer rows or columns of the weight stay float
 
     def run(self, model: Model, ctx: Context) -> int:
@@ -53,8 +56,8 @@ class QuantizeDynamic(Pass):
             ctx.remark(None, f"{ctx.target} has no dynamic int8; use quantize-qdq")
             return 0
         edit, shapes = Editor(model), ctx.analysis(Shapes, model)
-        writer = _Writer(edit, self.pair_safe)
-        done = 0
+        check_patterns(self.pass_name(), self.exclude, model)
+        chosen: list[Node] = []
         for node in list(operators(model)):
             if node.op == "Conv":
                 continue
@@ -68,17 +71,22 @@ class QuantizeDynamic(Pass):
                 continue
             if not ctx.admit():
                 break
+            chosen.append(node)
+        better: dict[str, weights.Quantized] = {}
+        if ctx.data is not None and self.rounding == "gptq":
+            better = rounded_on(model, chosen, ctx.data, pair_safe=self.pair_safe, seed=ctx.seed)
+        writer = _Writer(edit, self.pair_safe, better)
+        for node in chosen:
             writer.rewrite(node)
-            done += 1
         edit.commit()
-        return done
+        return len(chosen)
 
 
 class _Writer:
     """Writes products; tensors that several products read, and equal weights, are coded once."""
 
-    def __init__(self, edit: Editor, pair_safe: bool) -> None:
-        self.edit, self.pair_safe = edit, pair_safe
+    def __init__(self, edit: Editor, pair_safe: bool, better: Mapping[str, weights.Quantized]) -> None:
+        self.edit, self.pair_safe, self.better = edit, pair_safe, better
         self.activations: dict[tuple[int, int], list[gs.Tensor]] = {}
         self.weights: dict[tuple[int, int | None], tuple[gs.Tensor, ...]] = {}
         self.kept: list[gs.Tensor] = []  # so that no id is used again
@@ -97,7 +105,9 @@ class _Writer:
         self.edit.erase(node)
 
     def weight(self, node: Node, weight: gs.Tensor) -> tuple[gs.Tensor, ...]:
-        found = weights.quantize(node, np.asarray(weight.values), pair_safe=self.pair_safe)
+        found = self.better.get(node.name)
+        if found is None:
+            found = weights.quantize(node, np.asarray(weight.values), pair_safe=self.pair_safe)
         key = (id(weight), found.axis)
         if key not in self.weights:
             codes = found.codes if found.axis == 1 else np.ascontiguousarray(found.codes.T)

@@ -16,7 +16,18 @@ import onnx
 
 from graphopt.analyses import calibration, gram, weights
 from graphopt.analyses.gram import Layer
-from graphopt.analyses.placement import WEIGHTED, Codes, Placer, Plan, depth, operators, refusal, selects, sizes
+from graphopt.analyses.placement import (
+    WEIGHTED,
+    Codes,
+    Placer,
+    Plan,
+    check_patterns,
+    depth,
+    operators,
+    refusal,
+    selects,
+    sizes,
+)
 from graphopt.analyses.quantized import forms
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
 from graphopt.analyses.rounding import rounded
@@ -127,9 +138,7 @@ class _Run:
         self.statistics: dict[str, calibration.Statistics] = {}
 
     def run(self) -> int:
-        for pattern in (*self.options.exclude, *self.options.only):
-            if not any(selects((pattern,), n) for n in self.model.nodes()):
-                raise UsageError(f"quantize-qdq: {pattern!r} matches no node; graphopt inspect lists their names")
+        check_patterns("quantize-qdq", (*self.options.exclude, *self.options.only), self.model)
         known = forms(self.model)
         if known:
             told = ", ".join(f"{count} {form}" for form, count in known.items())

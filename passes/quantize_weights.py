@@ -7,13 +7,15 @@ after the lookup, so that only the rows looked up are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import weights
-from graphopt.analyses.placement import selects
+from graphopt.analyses.placement import check_patterns, selects
+from graphopt.analyses.rounding import rounded_on
+from graphopt.conversion import convert_opset
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
@@ -41,18 +43,30 @@ class QuantizeWeights(Pass):
 
     exclude: tuple[str, ...] = ()  # names (with * and ?) or operators of nodes to leave in float
     min_bytes: int = 16  # smaller weights stay float
+    rounding: Literal["gptq", "nearest"] = "gptq"  # gptq, with --data: errors of the codes cancel on the samples
 
     def run(self, model: Model, ctx: Context) -> int:
         """Rewrite each weight; returns the number of nodes that read one."""
-        if model.opset < _OPSET:
-            ctx.remark(
-                None, f"opset {model.opset}: DequantizeLinear has an axis from {_OPSET} on; convert the model first"
-            )
+        if model.opset >= _OPSET:
+            return self._rewrite(model, ctx)
+        raised = model.clone()
+        reason = convert_opset(raised, _OPSET)
+        if reason is not None:
+            told = f"opset {model.opset}: DequantizeLinear has an axis from {_OPSET} on, and the model cannot be raised"
+            ctx.remark(None, f"{told}: {reason}")
             return 0
+        done = self._rewrite(raised, ctx)
+        if done:
+            ctx.remark(None, f"opset raised from {model.opset} to {_OPSET}, where DequantizeLinear has an axis")
+            model.graph, model.carried = raised.graph, raised.carried
+        return done
+
+    def _rewrite(self, model: Model, ctx: Context) -> int:
         edit = Editor(model)
         inserter = Inserter(edit)
         tables: dict[int, tuple[gs.Tensor, gs.Tensor]] = {}
-        done = 0
+        check_patterns(self.pass_name(), self.exclude, model)
+        chosen: list[Node] = []
         for node in list(model.graph.nodes):
             index = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}.get(node.op)
             if index is None or not node.is_onnx or len(node.inputs) <= index:
@@ -63,14 +77,18 @@ class QuantizeWeights(Pass):
                 continue
             if not ctx.admit():
                 break
+            chosen.append(node)
+        better: dict[str, weights.Quantized] = {}
+        if ctx.data is not None and self.rounding == "gptq":
+            better = rounded_on(model, chosen, ctx.data, pair_safe=False, seed=ctx.seed)
+        for node in chosen:
             if node.op == "Gather":
                 _embed(node, edit, tables)
             else:
-                quantized = weights.quantize(node, np.asarray(node.inputs[1].values), pair_safe=False)
-                inserter.weight(node, quantized, zero=False)
-            done += 1
+                nearest = weights.quantize(node, np.asarray(node.inputs[1].values), pair_safe=False)
+                inserter.weight(node, better.get(node.name, nearest), zero=False)
         edit.commit()
-        return done
+        return len(chosen)
 
     def _refusal(self, node: Node, weight: gs.Tensor, edit: Editor) -> str | None:
         if not edit.is_fixed(weight):

@@ -270,6 +270,16 @@ def test_dynamic_products_run_in_int8_and_weights_alone_shrink_the_file() -> Non
     assert judge.score(stored, True).sqnr > 38
 
 
+@pytest.mark.parametrize(("text", "gain"), [("quantize-weights", 3), ("quantize-dynamic", 1)])
+def test_samples_make_better_codes_for_weights_alone_and_dynamic_products(text: str, gain: float) -> None:
+    vit, data = net("vit")
+    judge = int8.Judge(vit, open_data({"x": DIGITS["x_test"]}, vit.inputs), None)
+    nearest, better = (judge.score(run(text, vit, data=given).model, False).sqnr for given in (None, data))
+    assert better > nearest + gain
+    same = run(f"{text}{{rounding=nearest}}", vit, data=data).model
+    assert same.fingerprint() == run(text, vit).model.fingerprint()
+
+
 def test_embeddings_get_a_scale_for_each_row() -> None:
     rows = RNG.standard_normal((50, 16)) * np.geomspace(1e-3, 1e3, 50)[:, None]
     model = random_model("g (int64[2,3] i) => (float[2,3,16] y) { y = Gather (table, i) }", table=rows)
@@ -294,6 +304,12 @@ def test_without_data_nothing_is_guessed() -> None:
     result = run("quantize-qdq", model)
     assert result.rewrites == 0
     assert any("no calibration data" in str(r) for r in result.remarks)
+
+
+@pytest.mark.parametrize("text", ["quantize-weights", "quantize-dynamic"])
+def test_other_passes_refuse_such_a_pattern_too(text: str) -> None:
+    with pytest.raises(UsageError, match="'nothing' matches no node"):
+        run(f"{text}{{exclude='nothing'}}", chain()[0])
 
 
 def test_a_pattern_that_means_nothing_is_an_error() -> None:

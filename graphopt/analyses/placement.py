@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses import weights
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
+from graphopt.errors import UsageError
 from graphopt.ir import Model, Node
 
 WEIGHTED: Final = frozenset(["Conv", "Gemm", "MatMul"])
@@ -377,6 +378,16 @@ def selects(patterns: Sequence[str], node: Node) -> bool:
     """Whether one of `patterns`, a name with ``*`` and ``?`` or an operator, means `node` or one that went into it."""
     names = (node.name, *node.origin)
     return any(p in (node.op, *names) or any(fnmatchcase(name, p) for name in names) for p in patterns)
+
+
+def check_patterns(pass_name: str, patterns: Sequence[str], model: Model) -> None:
+    """
+    Raises:
+        UsageError: one of `patterns` selects no node.
+    """
+    for pattern in patterns:
+        if not any(selects((pattern,), n) for n in model.nodes()):
+            raise UsageError(f"{pass_name}: {pattern!r} matches no node; graphopt inspect lists their names")
 
 
 def sizes(node: Node) -> tuple[int, int]:

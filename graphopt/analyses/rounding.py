@@ -13,15 +13,15 @@ keeps to what the first has left, and the columns before it make up for that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 
-from graphopt.analyses import calibration, weights
+from graphopt.analyses import calibration, gram, weights
 from graphopt.analyses.gram import MAX_COLUMNS, Layer, Moments
 from graphopt.data import Data
-from graphopt.ir import Model
+from graphopt.ir import Model, Node
 
 Array = np.ndarray[Any, Any]
 
@@ -66,6 +66,19 @@ def rounded(
                 safe = pair_safe and not weights.is_depthwise(layer.node, one.codes.shape)
                 found[name] = _better(layer, one, gram, safe)
     return {**quantized, **found}
+
+
+def rounded_on(
+    model: Model, nodes: Sequence[Node], data: Data, *, pair_safe: bool, seed: int = 0
+) -> dict[str, weights.Quantized]:
+    """Weights of `nodes` of the root graph as codes that suit `data`, by name of the node; shared weights and wide ones are left out."""
+    layers = gram.layers(model)
+    chosen = {n.name: layers[n.name] for n in nodes if n.name in layers and n.attrs.get("alpha", 1.0) == 1.0}
+    nearest = {
+        name: weights.quantize(layer.node, np.asarray(layer.weight.values), pair_safe=pair_safe)
+        for name, layer in chosen.items()
+    }
+    return rounded(model, chosen, nearest, data, pair_safe=pair_safe, centred=frozenset(), seed=seed)
 
 
 def _groups(layers: Mapping[str, Layer]) -> Iterator[list[str]]:

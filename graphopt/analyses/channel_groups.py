@@ -46,7 +46,7 @@ class Contraction:
     atoms: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # to hash its classes would take as long as there are
 class Group:
     """Classes of channels that occur in the same places, each of which may be removed by itself (within a balance)."""
 

@@ -462,16 +462,19 @@ def curve(
     total, refused = 0, set[int]()
     while True:
         scores = order(chooser)
+        ranked = sorted(chooser.left, key=lambda c: (scores[c], c))
         batch: list[tuple[int, ...]] = []
+        out = set(refused)
         for _ in range(max(1, len(chooser.left) // _FINE)):
-            taken = {c for bundle in batch for c in bundle}
-            free = [c for c in chooser.left if gone[group_of[c]] < most[group_of[c]] and c not in refused | taken]
+            open_ = {g for g in family.groups if gone[g] < most[g]}
+            free = [c for c in ranked if c not in out and group_of[c] in open_]
             bundle = _next(groups, free, scores, gone, most, group_of, refused)
             if bundle is None:
                 break
             for c in bundle:
                 gone[group_of[c]] += 1
             batch.append(bundle)
+            out = refused.union(*batch)
         if not batch:
             return found
         error = chooser.remove([c for bundle in batch for c in bundle]) / len(batch)
@@ -493,8 +496,8 @@ def _next(
     group_of: Mapping[int, Group],
     refused: set[int],
 ) -> tuple[int, ...] | None:
-    """The cheapest class that may go, with those that balance it; those that cannot are added to `refused`."""
-    for seed in sorted(free, key=lambda c: (scores[c], c)):
+    """The first of the classes that may go, with those that balance it; those that cannot are added to `refused`."""
+    for seed in free:
         bundle = groups.bundle(seed, free, scores.__getitem__)
         lost: dict[Group, int] = {}
         for c in bundle or ():

@@ -23,7 +23,7 @@ class Traits:
     opset_ceiling: int  # newest default-domain opset that the runtime reads
     contrib_ops: bool  # whether com.microsoft operators are understood
     symmetric_int8: bool  # whether activations must have zero point 0
-    channel_alignment: int  # channel counts that are multiples of this fill the hardware's tiles
+    channel_alignment: int  # channel counts that are multiples of this fill the tiles of its GPUs
     float_types: tuple[str, ...]  # compute types with fast kernels, widest first
 
 
@@ -94,6 +94,16 @@ class Target:
             return self.runtime
         device = self.device.lower().removesuffix("executionprovider")
         return "ort:cpu" if device in ("", "cpu") or device.startswith("cpu-") else f"ort:{device}"
+
+    @property
+    def channel_alignment(self) -> int:
+        """Channel counts that are multiples of this fill the hardware's tiles.
+
+        ONNX Runtime's convolutions work on blocks of 16 channels with AVX-512 and of 8 without; a CPU that is not named may have it.
+        """
+        if self.family == "ort:cpu":
+            return 8 if self.device == "cpu-avx2" else 16
+        return self.traits.channel_alignment
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:

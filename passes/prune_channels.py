@@ -15,7 +15,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
@@ -35,6 +35,7 @@ from graphopt.edit import cleanup
 from graphopt.errors import UserError
 from graphopt.ir import Constant, Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
+from graphopt.target import Target
 
 Array = np.ndarray[Any, Any]
 
@@ -42,9 +43,7 @@ _ATTEMPTS: Final = 5  # at the latency that was asked for
 _MEASURED: Final = (0.25, 0.5, 0.75)  # of the channels that a family may lose: where damage is measured
 _ENOUGH: Final = 8  # samples to measure on: where time is too short for these, damage is measured at one width
 _MEASURING: Final = 1e12  # multiply-accumulates that measuring may take
-_ALIGNMENT: Final = (
-    8  # without a target: blocks of ONNX Runtime's convolutions, whose other widths are several times slower
-)
+_ALIGNMENT: Final = Target("ort", "cpu").channel_alignment  # without a target
 _OVERSHOOT: Final = 0.04  # of the cost: more is not removed only for the sake of widths that the hardware likes
 _MEMORY: Final = 1 << 31  # bytes of activations
 _BATCH: Final = 32
@@ -84,7 +83,7 @@ class PruneChannels(Pass):
         "obs"  # who goes first: obs, activation, l1, l2, median, fisher, fold, random, or your module:function
     )
     align: int | None = (
-        None  # kept widths are multiples of this where they were; none: what the target wants, 8 without one
+        None  # kept widths are multiples of this where they were; none: what the target wants, 16 without one
     )
     keep: float = 0.1  # least share of each group's channels that stays
     exclude: tuple[str, ...] = ()  # globs of weights and nodes whose channels stay
@@ -253,7 +252,7 @@ class PruneChannels(Pass):
         """What to remove: classes, in the sets in which they go, and blocks."""
         curves, costs, blocks = self._candidates(model, groups, feeds, ctx)
         parts = [block.nodes for block in blocks]
-        wish = ctx.target.traits.channel_alignment if ctx.target else _ALIGNMENT
+        wish = ctx.target.channel_alignment if ctx.target else _ALIGNMENT
         if self.target == "latency":
             taken = self._by_time(model, groups, curves, costs, blocks, goal, self.align or wish, feeds, ctx)
         else:
@@ -396,7 +395,7 @@ class PruneChannels(Pass):
         for entry in told["groups"]:
             before, after = entry["channels"]
             if before != after:
-                ctx.remark(tensors.get(entry["name"]), f"{before} -> {after} channels")
+                ctx.remark(tensors.get(entry["name"]), f"{before} -> {after} channels: {_told(entry)}")
         for block in cut.blocks:
             ctx.remark(None, f"the residual block that ends in {block!r} is left out")
         costs = {what: told[what] for what in ("macs", "params", "bytes")}
@@ -439,6 +438,17 @@ def _unfitted(node: Node) -> str | None:
 
 def _change(pair: Sequence[float]) -> str:
     return f"{pair[1] / pair[0] - 1:+.1%}" if pair[0] else "none"
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """A group's costs and errors, before and after."""
+    parts = [f"{entry[what][0]:.0f} -> {entry[what][1]:.0f} {what}" for what in report.COSTS]
+    if entry["latency_seconds"] is not None:
+        parts.append("{:.3f} -> {:.3f} ms".format(*(t * 1e3 for t in entry["latency_seconds"])))
+    errors = entry["error"]
+    if errors["sliced"] is not None:
+        parts.append(f"error of its readers {errors['sliced']:.2g} sliced, {errors['repaired']:.2g} repaired")
+    return ", ".join(parts)
 
 
 def _one_sample(ctx: Context, model: Model, feeds: Feeds) -> dict[str, Array]:

@@ -284,7 +284,7 @@ def test_report_says_widths_costs_and_errors(mobilenet: ir.Model) -> None:
     told = [str(r) for r in prune(mobilenet, "{ratio=0.3}", models.digits()["x_calib"][:64]).remarks]
     assert any("multiply-accumulates (-30" in text for text in told)
     assert any("before repair" in text for text in told)
-    assert any(" -> " in text and "channels" in text for text in told)
+    assert any("channels: " in text and "macs, " in text and " bytes, error of its readers " in text for text in told)
 
 
 def test_without_samples_norms_decide_and_a_remark_says_so() -> None:

@@ -37,3 +37,8 @@ def test_compute_capabilities_are_those_of_tensorrt_targets_only() -> None:
 
 def test_features_of_this_cpu_are_named_as_in_targets() -> None:
     assert cpu_features() <= {"avx2", "avx512f", "vnni", "amx"}
+
+
+def test_channels_are_aligned_to_the_blocks_of_the_cpu_that_is_named() -> None:
+    wanted = {"ort:cpu-avx2": 8, "ort:cpu-avx512f": 16, "ort:cpu": 16, "ort": 16, "ort:cuda": 8, "tensorrt:sm89": 32}
+    assert {text: Target.parse(text).channel_alignment for text in wanted} == wanted

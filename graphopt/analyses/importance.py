@@ -288,6 +288,7 @@ class _Reader:
         self.site = site
         self.columns = {root: c for root, c in site.columns().items() if root in classes}
         self.weight = site.weight.astype(np.float32)
+        self.live = np.arange(self.weight.shape[1])  # columns that are left, in the order of `inverse`
         self.inverse: Array | None = None
         self.diagonal = site.gram if site.gram.ndim == 1 else None
         if self.diagonal is None:
@@ -304,13 +305,14 @@ class _Reader:
         for roots in by_size.values():
             at = np.array([self.columns[r] for r in roots])
             w = self.weight[:, at]  # [outputs, classes, columns]
+            inside = np.searchsorted(self.live, at)
             if self.inverse is None:
                 assert self.diagonal is not None
                 errors = np.einsum("ocj,cj,ocj->c", w, self.diagonal[at], w)
             elif at.shape[1] == 1:
-                errors = np.square(w[:, :, 0]).sum(0) / np.maximum(self.inverse[at[:, 0], at[:, 0]], 1e-30)
+                errors = np.square(w[:, :, 0]).sum(0) / np.maximum(self.inverse[inside[:, 0], inside[:, 0]], 1e-30)
             else:
-                blocks = self.inverse[at[:, :, None], at[:, None, :]]
+                blocks = self.inverse[inside[:, :, None], inside[:, None, :]]
                 solved = np.linalg.solve(blocks, w.transpose(1, 2, 0))
                 errors = np.einsum("ocj,cjo->c", w, solved)
             found.update(zip(roots, (np.maximum(errors, 0) / self.site.scale).tolist(), strict=True))
@@ -326,11 +328,17 @@ class _Reader:
             assert self.diagonal is not None
             error = float(np.einsum("oj,j,oj->", w, self.diagonal[columns], w))
         else:
-            lines = self.inverse[columns]
-            block = lines[:, columns]
+            inside = np.searchsorted(self.live, columns)
+            stays = np.ones(len(self.live), bool)
+            stays[inside] = False
+            lines = self.inverse[inside]
+            block = lines[:, inside]
+            lines = lines[:, stays]
             gain = np.linalg.solve(block, lines)
             error = float(np.einsum("oj,oj->", w, np.linalg.solve(block, w.T).T))
-            self.weight -= (w @ gain).astype(np.float32)
+            self.live = self.live[stays]
+            self.weight[:, self.live] -= w @ gain.astype(np.float32)
+            self.inverse = self.inverse[stays][:, stays]
             self.inverse -= lines.T @ gain
         self.weight[:, columns] = 0
         return max(0.0, error) / self.site.scale

@@ -43,7 +43,7 @@ PRESETS: Final[dict[str, str]] = {
     # Constants into the weights beside them: each rounds once.
     "fuse-weights": "fuse-log-softmax,fuse-arg-max,fixpoint(simplify-arithmetic,fuse-reciprocal,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"
     "fuse-gemm-bn,merge-matmul-scales,fuse-matmul-scale,fuse-matmul-add,fuse-gemm-transpose,eliminate-nop)",
-    "O2": "simplify,merge-product-transposes,merge-transposes,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-gemm,"
+    "O2": "simplify,merge-product-transposes,merge-transposes,merge-equal-channels,lower-filled-products,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-gemm,"
     "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool{flatten=false},fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.

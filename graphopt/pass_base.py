@@ -116,13 +116,22 @@ class Context:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rule can fire: at a node of one of `ops` that stands beside others. Said for `graphopt explain` alone."""
+    """Where a rule can fire: at a node of one of `ops` that stands beside others."""
 
     ops: tuple[str, ...]
     reads: tuple[str, ...] = ()  # one of its operands is computed by one of these
     read_by: tuple[str, ...] = ()  # its first result is read by one of these
     constant: bool = False  # one of its operands is constant
     otherwise: str = ""  # what else lets the rule fire, whatever stands beside the node, as in "or have two operands"
+
+    def occurs(self, operators: frozenset[str], links: frozenset[tuple[str, str]]) -> bool:
+        """Whether a model of these operators, and these pairs of one and a reader of it, may have such a place."""
+        if operators.isdisjoint(self.ops):
+            return False
+        if self.otherwise:
+            return True
+        reads = not self.reads or any((made, op) in links for made in self.reads for op in self.ops)
+        return reads and (not self.read_by or any((op, reader) in links for op in self.ops for reader in self.read_by))
 
     def missing(self, node: gs.Node, edit: Editor) -> str | None:
         """What `node`, of one of the operators, lacks beside it; None: nothing."""
@@ -158,7 +167,9 @@ class Pass:
     serves: ClassVar[tuple[str, ...]] = ()  # targets that it is made for, by `Target.family`; (): every one
     ops: ClassVar[frozenset[str] | None] = None  # the pass can only do something where one of these is; None: anywhere
 
-    places: ClassVar[tuple[Place, ...]] = ()  # where its rules can fire, as far as operators say so
+    places: ClassVar[
+        tuple[Place, ...]
+    ] = ()  # where alone its rules can fire, for the driver and for `explain`; (): anywhere
 
     @property
     def rounds_to(self) -> str | None:

@@ -273,6 +273,9 @@ class _Run:
         self.stops: list[str] = []
         self.signature: Signature | None = None  # of the model as it is now
         self.operators: frozenset[str] | None = None  # of the model as it is now
+        self.links: frozenset[tuple[str, str]] = (
+            frozenset()
+        )  # operators of which one reads the other, of the same model
         self.changes = 0
         self.idle: dict[Pass, int] = {}  # the number of changes after which a pass found nothing to do
 
@@ -329,14 +332,18 @@ class _Run:
         return total
 
     def is_idle(self, step: Pass) -> bool:
-        """Whether `step` did nothing on the model as it is, or can do nothing for want of its operators."""
+        """Whether `step` did nothing on the model as it is, or can do nothing for want of its operators, or of those beside them."""
         if self.idle.get(step) == self.changes:
             return True
-        if step.ops is None:
+        if step.ops is None and not step.places:
             return False
         if self.operators is None:
-            self.operators = frozenset(node.op for node in self.model.nodes())
-        return step.ops.isdisjoint(self.operators)
+            nodes = list(self.model.nodes())
+            self.operators = frozenset(node.op for node in nodes)
+            self.links = frozenset((p.op, node.op) for node in nodes for t in node.inputs for p in t.inputs)
+        if step.ops is not None and step.ops.isdisjoint(self.operators):
+            return True
+        return bool(step.places) and not any(p.occurs(self.operators, self.links) for p in step.places)
 
     def rewrite(self, step: Pass) -> int:
         """Run `step` and hold it to its count."""

@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Pass, Place
+from graphopt.pass_base import Context, Pass
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class LowerSequences(Pass):
 
     ops: ClassVar[frozenset[str] | None] = frozenset(
         {"SequenceAt", "ConcatFromSequence", "SequenceLength", "OptionalGetElement", "OptionalHasElement"}
-    )
-    places: ClassVar[tuple[Place, ...]] = (
-        Place(("SequenceAt",), ("SequenceConstruct", "SplitToSequence")),
-        Place(("ConcatFromSequence", "SequenceLength"), ("SequenceConstruct",)),
-        Place(("OptionalGetElement", "OptionalHasElement"), ("Optional",)),
     )
 
     def run(self, model: Model, ctx: Context) -> int:

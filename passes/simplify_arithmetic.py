@@ -51,6 +51,7 @@ class SimplifyArithmetic(Pass):
         Place(("Mul", "Div"), ("Mul", "Div")),
         Place(("Neg",), ("Neg",)),
         Place(("Sum",), otherwise="have two operands"),
+        Place(("Add",), constant=True),
     )
 
     def run(self, model: Model, ctx: Context) -> int:

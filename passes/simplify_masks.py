@@ -50,6 +50,7 @@ class SimplifyMasks(Pass):
     places: ClassVar[tuple[Place, ...]] = (
         Place(("Not",), ("Not", *_OPPOSITE)),
         Place(("Where",), ("Not", "Where"), otherwise="choose between equal values"),
+        Place(("And", "Or"), otherwise="read one mask twice"),
         Place(("Where", "Equal", "And", "Or", "Xor"), constant=True),
     )
 

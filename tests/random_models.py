@@ -524,7 +524,7 @@ class _Wide:
                 )
             elif kind == "Expand":
                 v = self.emit("Expand", [v, self.ints(2, *[1] * v.rank)], FLOAT, (2, *v.shape))
-                v = self.emit("Expand", [v, self.ints(*[1] * v.rank)], FLOAT, v.shape)
+                v = self.emit("Expand", [v, self.ints(2, *[1] * v.rank)], FLOAT, (2, *v.shape))
                 break
             else:
                 chosen = self.draw(st.lists(st.integers(-size, size - 1), min_size=2, max_size=3))
@@ -615,11 +615,11 @@ class _Wide:
         """A product of rows between Reshapes, as exporters write that of more dimensions."""
         v = self.pick(
             lambda v: (
-                v.rank == 3
+                v.rank in (3, 4)
                 and v.dtype == FLOAT
                 and isinstance(v.shape[-1], int)
                 and 0 not in v.shape
-                and len(v.fixed()) > 1
+                and len(v.fixed()) >= v.rank - 1
             )
         )
         if v is None:

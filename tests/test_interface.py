@@ -126,6 +126,27 @@ def test_explain_tells_why_a_fusion_did_not_fire() -> None:
     assert any(f.pass_name == "fuse-conv-bn" and "is also read by" in f.text for f in found.findings)
 
 
+@pytest.mark.parametrize(
+    ("node", "pass_name", "told"),
+    [
+        ("s", "merge-slices", "it would have to read Slice, but reads Relu"),
+        ("s", "fuse-slice-squeeze", "Squeeze or Reshape would have to read it, but Exp does"),
+        ("s", "split-slices", "axis 1, which has 8 elements, do not tile it: 1:4"),
+        ("i", "fuse-arg-max", "it would have to read Softmax or LogSoftmax, but reads Sigmoid"),
+        ("m", "merge-reductions", "but reads Exp (or it would have to reduce axes of one element alone)"),
+        ("d", "fold-shapes", "N in its result ['N', 3] is known at run time alone"),
+    ],
+)
+def test_explain_tells_what_a_rule_wanted_beside_a_node(node: str, pass_name: str, told: str) -> None:
+    model = ir.parse("""g (float[N,8] x, float[N,3] z) => (float[N,1] y, int64[N,1] w, float[N,3] v)
+    <int64[1] one = {1}, int64[1] four = {4}, int64[1] three = {3}>
+    { a = Relu (x) [s] b = Slice (a, one, four, one) c = Exp (b) [m] y = ReduceMax (c, one)
+      p = Sigmoid (x) [i] w = ArgMax <axis = 1> (p)
+      n = Shape <start = 0, end = 1> (x) [d] t = Concat <axis = 0> (n, three) v = Expand (z, t) }""")
+    found = explain(model, node, Pipeline.parse("merge-slices")).findings
+    assert any(f.pass_name == pass_name and told in f.text for f in found), found
+
+
 def test_explain_tells_what_became_of_a_node() -> None:
     model = ir.parse("""g (float[1,1,4,4] x) => (float[1,1,4,4] y)
     <float[1,1,1,1] w = {2}, float[1] s = {3}, float[1] b = {0}, float[1] m = {0}, float[1] v = {1}>

@@ -4,7 +4,8 @@
     conv(x + a, W, c) = conv(x, W, sum(W, taps) @ a + c)    Conv that does not pad
     conv(BN(x), W, c) = conv(x, W * k, sum(W, taps) @ (bias - mean * k) + c)
 
-with ``k = scale / sqrt(var + epsilon)`` by input channel. A Conv that pads adds zeros behind the shift, which is no shift of x: it stays.
+with ``k = scale / sqrt(var + epsilon)`` by input channel; each group of a Conv has its own. A Conv that pads adds zeros behind the shift, which is no shift
+of x: it stays, unless the shift is zero.
 So does the shift of what is exact, such as an input: ``x - a`` has all digits of a small difference of large numbers, which ``x @ W`` rounds
 away. A computed x has lost them before; and a BatchNormalization whose means lie within a few spreads of zero has few to lose. Folded in
 float64, rounded once.
@@ -148,17 +149,20 @@ def _folded(node: Node, shift: Node, shapes: Shapes, edit: Editor) -> _Folded | 
     by_channel = _by_input_channel(node)
     if isinstance(by_channel, str):
         return by_channel
-    affine = _affine(node, shift, by_channel.shape[1], shapes, edit)
+    group = int(node.attrs.get("group", 1)) if node.op == "Conv" else 1
+    affine = _affine(node, shift, by_channel.shape[1] * group, shapes, edit)
     if isinstance(affine, str):
         return affine
     source, k, a = affine
+    if a.any() and _pads(node):
+        return f"{node.name!r} pads with zeros behind the shift"
     last, own = _own_bias(node, by_channel.shape[0], edit)
     if isinstance(own, str):
         return own
     if k is not None and edit.sole_consumer(w) is not node:
         return f"weight {w.name!r} is shared"
     with np.errstate(all="ignore"):
-        total = by_channel @ a
+        total = (by_channel * _by_group(a, group, by_channel.shape[0])).sum(1)
         name = f"{node.name}_bias"
         if own is not None:
             tensor, values, sign = own
@@ -166,7 +170,7 @@ def _folded(node: Node, shift: Node, shapes: Shapes, edit: Editor) -> _Folded | 
         bias = np.asarray(total).astype(dtype)
         weight = None
         if k is not None:
-            exact = w.values.astype(np.float64) * _along_input(k, node)
+            exact = w.values.astype(np.float64) * _along_input(k, group, node)
             weight = exact.astype(dtype)
             if not np.isfinite(weight).all():
                 return f"folding would make weight {w.name!r} infinite or NaN in {dtype}"
@@ -185,14 +189,19 @@ def _is_rounded(tensor: gs.Tensor, edit: Editor) -> bool:
     return node is not None and node.is_onnx and node.op in _ROUNDING
 
 
+def _pads(node: Node) -> bool:
+    return node.op == "Conv" and (
+        node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(node.attrs.get("pads") or ())
+    )
+
+
 def _by_input_channel(node: Node) -> Array | str:
-    """What one more in each input channel adds to each output channel, as float64 [out, in], or why that is not known."""
+    """What one more in each input channel (of its group) adds to each output channel, as float64 [out, in], or why that is not known."""
     w = node.inputs[1].values.astype(np.float64)
     if node.op == "Conv":
-        if node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(node.attrs.get("pads") or ()):
-            return f"{node.name!r} pads with zeros behind the shift"
-        if w.ndim < 3 or int(node.attrs.get("group", 1)) != 1:
-            return f"{node.name!r} works by groups"
+        group = int(node.attrs.get("group", 1))
+        if w.ndim < 3 or group < 1 or w.shape[0] % group:
+            return f"{node.name!r} has a weight of another shape than its groups"
         return np.asarray(w.reshape(*w.shape[:2], -1).sum(2))
     if w.ndim != 2 or node.attrs.get("transA", 0):
         return f"{node.name!r} is no product of rows with one matrix"
@@ -200,10 +209,18 @@ def _by_input_channel(node: Node) -> Array | str:
     return np.asarray(wide * float(node.attrs.get("alpha", 1.0)))
 
 
-def _along_input(k: Array, node: Node) -> Array:
+def _by_group(values: Array, group: int, outputs: int) -> Array:
+    """Of one number for each input channel those that each output channel reads, as [out, in of a group]; of one group as [1, in]."""
+    rows = values.reshape(group, -1)
+    return rows if group == 1 else np.repeat(rows, outputs // group, axis=0)
+
+
+def _along_input(k: Array, group: int, node: Node) -> Array:
     """`k` by input channel, as a factor of the weight."""
     if node.op == "Conv":
-        return k.reshape(1, -1, *[1] * (node.inputs[1].values.ndim - 2))
+        shape = node.inputs[1].shape
+        local = _by_group(k, group, shape[0])
+        return local.reshape(*local.shape, *[1] * (len(shape) - 2))
     return k.reshape(1, -1) if node.attrs.get("transB", 0) else k.reshape(-1, 1)
 
 

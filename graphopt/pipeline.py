@@ -47,13 +47,13 @@ PRESETS: Final[dict[str, str]] = {
     "fuse-reduce-mean,fuse-softmax,fuse-layer-norm{raise-opset=false},fuse-instance-norm,fuse-rms-norm{ones=false},fuse-gelu{contrib=false},fuse-hard-swish,fuse-global-average-pool{flatten=false},fuse-depth-to-space,"
     "fuse-weights,share-initializers,eliminate-dead,infer-shapes",
     # What the target runs fastest; each pass knows the targets it is made for, and does nothing on others.
-    "fuse-for-target": "lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,fuse-global-average-pool,fuse-depth-to-space,"
+    "fuse-for-target": "lower-attention,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,fuse-global-average-pool,fuse-depth-to-space,"
     "fuse-weights,lower-gemm,fuse-attention,sink-nan-guards,lower-gemm,sink-transposes-through-products,simplify,sink-transposes-through-sums,merge-sums,fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu",
     "O3": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,fuse-for-target,"
     "share-initializers,eliminate-dead,infer-shapes",
     "default": "O3",
     # O3, but fusions without a sure gain are timed on this machine and kept where they are faster.
-    "measured": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,"
+    "measured": "simplify,merge-equal-channels,fold-constants,merge-reductions,merge-reshapes,sink-transposes-through-sums,lower-attention,lower-einsum,fuse-reduce-mean,fuse-softmax,fuse-layer-norm,fuse-instance-norm,fuse-group-norm,fuse-rms-norm{ones=false},fuse-reduce-square,fuse-gelu,fuse-hard-swish,fuse-mish,fuse-rotary-embedding,"
     "fuse-global-average-pool,fuse-depth-to-space,fuse-weights,lower-gemm,fuse-attention{measure=true},sink-nan-guards,lower-gemm,sink-transposes-through-products,"
     "simplify,sink-transposes-through-sums,merge-sums{measure=true},fuse-rms-norm,fuse-skip-layer-norm,fuse-bias-gelu{measure=true},"
     "share-initializers,eliminate-dead,infer-shapes",

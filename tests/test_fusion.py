@@ -130,6 +130,21 @@ def test_a_guard_against_nan_is_behind_the_product_for_engines_alone() -> None:
     assert {t: n.inputs[0].inputs[0].op for t, n in behind.items()} == {"tensorrt": "MatMul", "ort:cpu": "Softmax"}
 
 
+WHOLE = """g (float[B,S,8] q, float[B,T,8] k, float[B,T,8] v, bool[B,1,S,T] m) => (float[B,S,8] y)
+{ y = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v, m) }"""
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel"), [(None, "Attention"), ("tensorrt", "Softmax"), ("ort:cpu", "MultiHeadAttention")]
+)
+def test_attention_of_the_standard_is_what_the_target_runs_fastest(target: str | None, kernel: str) -> None:
+    model = ir.parse(WHOLE)
+    found = fused(model, "O3", target)
+    assert {n.op for n in found.nodes()} & {"Attention", "Softmax", "MultiHeadAttention"} == {kernel}
+    allowed = equivalence.tolerance(Exactness.REASSOCIATING, 5, equivalence.float_types(model))
+    equivalence.compare(model, found, allowed=allowed).require("O3")
+
+
 def test_eight_of_equal_channels_stay_for_engines() -> None:
     text = """g (float[1,1,2,2] x) => (float[1,1,2,2] y) <int64[4] s = {16,1,1,1}, int64[4] r = {1,16,1,1}>
     { w = ConstantOfShape <value = float[1] {0.5}> (s)  c = Conv (x, w)  v = ConstantOfShape <value = float[1] {0.25}> (r)  y = Conv (c, v) }"""

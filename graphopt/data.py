@@ -158,8 +158,8 @@ class ArrayData(Data):
         arrays = {k: m if isinstance(m, _Member) else _InMemory(m) for k, m in members.items()}
         wanted = {spec.name: spec for spec in inputs}
         missing = [n for n in wanted if n not in arrays]
-        if missing and len(wanted) == 1 and len(arrays) == 1:  # one array for the one input: its name does not matter
-            arrays = {missing[0]: next(iter(arrays.values()))}
+        if missing and len(wanted) == 1 and list(arrays) == ["arr_0"]:  # np.savez without a name, for the one input
+            arrays = {missing[0]: arrays["arr_0"]}
             missing = []
         if missing:
             raise UsageError(

@@ -74,6 +74,7 @@ def test_the_model_decides_how_many_samples_are_fed_at_once() -> None:
         ({"x": SAMPLES[:, :2]}, "samples of shape [2], the model takes"),
         ({"x": SAMPLES[None, None]}, "samples lie on the first axis"),
         ({"x": SAMPLES[:0]}, "holds no samples"),
+        ({"image": SAMPLES}, "lacks samples for 'x'; it holds 'image'"),
         (
             {"x": np.where(SAMPLES[3, 1] == SAMPLES, np.nan, SAMPLES)},
             "samples 2 to 3: input 'x' holds NaN or infinity (first at [1, 1])",

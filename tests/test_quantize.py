@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
+import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -109,6 +113,38 @@ def test_pair_safe_codes_never_saturate(k: int, scale: float) -> None:
         assert (saturating(bright, plain.codes) != bright @ plain.codes.astype(np.int64)).any()
         noise = [np.square(q.values() / scale - values / scale)[:, 5:].mean() for q in (plain, safe)]
         assert 1 < noise[1] / noise[0] < 10 ** (4 / 10)
+
+
+def multiply(activations: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """By ONNX Runtime's u8 x s8 kernel of this CPU."""
+    text = f"g (uint8[M,{len(codes)}] a, int8[{','.join(map(str, codes.shape))}] w) => (int32[M,N] y) {{ y = MatMulInteger (a, w) }}"
+    proto = onnx.helper.make_model(
+        onnx.parser.parse_graph(text), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
+    )
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"a": activations.astype(np.uint8), "w": codes.astype(np.int8)})[0]
+
+
+def test_the_emulator_tells_what_a_cpu_without_vnni_computes(tmp_path) -> None:
+    """One value as ONNX Runtime 1.31 gave it on an AVX2 machine, then the kernel itself under qemu where that is installed."""
+    assert saturating(np.full((1, 64), 255), np.full((64, 1), 127)).item() == 1_048_544  # exact: 2,072,640
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None:
+        pytest.skip("the kernel itself needs qemu-user")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import numpy as np; from test_quantize import multiply; "
+        "f = np.load(sys.argv[2]); np.save(sys.argv[3], np.concatenate([multiply(f[f'a{i}'], f[f'w{i}']).ravel() for i in range(4)]))"
+    )
+    shapes = ((1, 64, 8), (8, 64, 16), (5, 33, 7), (3, 256, 40))
+    cases = [(RNG.integers(0, 256, (m, k)), RNG.integers(-127, 128, (k, n))) for m, k, n in shapes]
+    named = {f"{kind}{i}": array for i, case in enumerate(cases) for kind, array in zip("aw", case, strict=True)}
+    np.savez(tmp_path / "cases.npz", **named)
+    words = [str(Path(__file__).parent), str(tmp_path / "cases.npz"), str(tmp_path / "found.npy")]
+    subprocess.run([qemu, "-cpu", "max,avx512f=off", sys.executable, "-c", script, *words], check=True)
+    expected = np.concatenate([saturating(*case).ravel() for case in cases])
+    np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
+    exact = np.concatenate([(a @ w).ravel() for a, w in cases])
+    assert (expected != exact).mean() > 0.5
 
 
 def test_pairs_follow_the_order_in_which_kernels_pack_convolutions() -> None:

@@ -29,7 +29,8 @@ Array = np.ndarray[Any, Any]
 BINS: Final = 8192  # of a histogram; at least a quarter of them lie within the range seen
 BUDGET: Final = 256 << 20  # bytes of tensors that one run may give
 MOST_AT_ONCE: Final = 32  # samples of a run
-COUNTED: Final = 1 << 15  # values of a tensor and run that go into the histogram; extremes see all
+COUNTED: Final = 1 << 17  # values of a tensor and run that go into the histogram; extremes see all
+_PLENTY: Final = 1 << 21  # values seen, after which an eighth of that is enough
 _RUN_MACS: Final = 1 << 34  # multiply-accumulates of a run, about
 _SAVE_EVERY: Final = 20.0  # seconds between two looks after the cache
 _MEMORY: Final = 0.9  # of the moving averages
@@ -65,12 +66,13 @@ class Statistics:
         else:
             self.average_low, self.average_high = low, high
         self.low, self.high = min(self.low, low), max(self.high, high)
+        counted = COUNTED if self.seen < _PLENTY else COUNTED >> 3
         self.seen += flat.size
         largest = max(-low, high)
         if largest == 0 and self._exponent is None:
             return
         self._reach(largest)
-        stride = -(-flat.size // COUNTED)
+        stride = -(-flat.size // counted)
         if stride > 1:
             flat = flat[:: stride | 1]  # odd, so that no power-of-two period of a layout is followed
         self._count(flat)

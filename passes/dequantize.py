@@ -74,7 +74,7 @@ class _Run:
 
     def run(self) -> int:
         # one kind after the other: each leaves what the next looks for
-        for step in (self.on_codes, self.dynamic, self.lift, self.constants, self.pairs):
+        for step in (self.on_codes, self.dynamic, self.blocks, self.lift, self.constants, self.pairs):
             changed = True
             while changed:
                 changed = False
@@ -203,6 +203,44 @@ class _Run:
             return None
         return np.asarray(other.values, np.float64)
 
+    # -------------------------------------------------------------------------------------------- weights in blocks
+
+    def blocks(self, node: Node) -> bool:
+        """``MatMulNBits(x, codes, scales) = x W^T``, each row of W in blocks with a scale, and perhaps a zero point, of their own."""
+        if node.op != "MatMulNBits" or node.domain != _MICROSOFT:
+            return False
+        x, *fixed = node.inputs
+        operands = [t if t.name else None for t in fixed] + [None] * 5
+        codes, scales, zeros, order, bias = operands[:5]
+        if order is not None or any(t is not None and not self.edit.is_fixed(t) for t in (codes, scales, zeros)):
+            self.ctx.remark(node, "stays quantized: its columns are reordered, or its weight is not constant")
+            return False
+        assert codes is not None
+        assert scales is not None
+        bits, size = int(node.attrs.get("bits", 4)), int(node.attrs["block_size"])
+        columns, rows = int(node.attrs["K"]), int(node.attrs["N"])
+        count = -(-columns // size)
+        values = _unpacked(np.asarray(codes.values).reshape(rows, count, -1), bits)[..., :size]
+        zero: Array = np.full((rows, count), 2.0 ** (bits - 1))
+        if zeros is not None:
+            stored = np.asarray(zeros.values)
+            packed = stored.dtype == np.uint8
+            zero = _unpacked(stored.reshape(rows, -1), bits)[:, :count] if packed else stored.reshape(rows, count)
+        scale = np.asarray(scales.values)
+        spread = scale.reshape(rows, count, 1).astype(np.float64)
+        matrix = ((values - zero[..., None].astype(np.float64)) * spread).reshape(rows, -1)[:, :columns]
+        weight = self.edit.constant(codes.name, np.ascontiguousarray(matrix.T).astype(scale.dtype))
+        output = node.outputs[0]
+        new = self.edit.variable(output.name, output)
+        self.edit.insert_before(node, Node("MatMul", node.name, None, [x, weight], [new]))
+        if bias is not None:
+            total = self.edit.variable(output.name, output)
+            self.edit.insert_before(node, Node("Add", f"{node.name}_bias", None, [new, bias], [total]))
+            new = total
+        self.edit.replace_uses(output, new)
+        self.edit.erase(node)
+        return True
+
     # -------------------------------------------------------------------------------------------------- Q/DQ pairs
 
     def lift(self, node: Node) -> bool:
@@ -210,7 +248,7 @@ class _Run:
         if node.op != "DequantizeLinear" or not node.is_onnx or node.attrs:
             return False
         mover = self.edit.producer(node.inputs[0])
-        if mover is None or mover.op not in MOVING or not mover.is_onnx or mover.op in ("Pad", "Resize"):
+        if mover is None or mover.op not in MOVING or not mover.is_onnx or mover.op in ("Pad", "Resize", "Split"):
             return False
         if len(node.inputs[1].shape or ()) > 0 or self.edit.sole_consumer(node.inputs[0]) is not node:
             return False
@@ -235,14 +273,19 @@ class _Run:
         ):
             return False
         codes, scale = (np.asarray(t.values) for t in node.inputs[:2])
-        if node.attrs.get("block_size", 0) or node.attrs.get("output_dtype", 0):
-            self.ctx.remark(node, "stays quantized: scales of blocks, or another type than theirs")
+        if node.attrs.get("output_dtype", 0):
+            self.ctx.remark(node, "stays quantized: another type than its scales'")
             return False
         zero = (
             np.asarray(node.inputs[2].values) if len(node.inputs) > 2 and node.inputs[2].name else np.zeros((), np.int8)
         )
+        size = int(node.attrs.get("block_size", 0))
+        if size:  # a scale, and zero point, for so many values in a row
+            axis = int(node.attrs.get("axis", 1))
+            scale = scale.repeat(size, axis).take(range(codes.shape[axis]), axis)
+            zero = zero.repeat(size, axis).take(range(codes.shape[axis]), axis) if zero.ndim else zero
         shape = [1] * codes.ndim
-        if scale.ndim == 1 and scale.size > 1:
+        if not size and scale.ndim == 1 and scale.size > 1:
             shape[int(node.attrs.get("axis", 1))] = -1
             scale, zero = scale.reshape(shape), zero.reshape(shape if zero.size > 1 else ())
         elif scale.size == 1:
@@ -318,6 +361,12 @@ class _Run:
             bounds = clip_bounds(producer, self.edit)
             return bounds is not None and bounds[0] is not None and bounds[0] >= 0
         return False
+
+
+def _unpacked(stored: Array, bits: int) -> Array:
+    """Codes of so many bits each, the lowest first, along the last axis."""
+    parts = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(*stored.shape[:-1], -1).astype(np.float64)
 
 
 def _columns(node: Node, codes: gs.Tensor) -> int:

@@ -282,6 +282,52 @@ def test_a_quantized_model_is_made_float_again_by_choice(tmp_path) -> None:
     assert ops(again)["MatMul"] == ops(vit)["MatMul"]
 
 
+@pytest.mark.parametrize(("bits", "zeros"), [(8, False), (4, False), (4, True), (2, True)])
+def test_weights_in_blocks_are_recognised_and_decoded_by_choice(bits: int, zeros: bool) -> None:
+    blob, text = 32 * bits // 8, "x, b, s, z" if zeros else "x, b, s"
+    proto = onnx.helper.make_model(
+        onnx.parser.parse_graph(
+            f"g (float[N,50] x) => (float[N,8] y) {{ y = com.microsoft.MatMulNBits <K=50,N=8,bits={bits},block_size=32> ({text}) }}"
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)],
+        ir_version=8,
+    )
+    arrays = {
+        "b": RNG.integers(0, 256, (8, 2, blob)).astype(np.uint8),
+        "s": RNG.uniform(0.01, 0.1, 16).astype(np.float32),
+    }
+    if zeros:
+        arrays["z"] = RNG.integers(0, 256, 8 * -(-2 * bits // 8)).astype(np.uint8)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in arrays.items())
+    model = ir.loads(proto.SerializeToString())
+    assert forms(model) == {"weights alone": 1}
+    result = run("dequantize", model).model
+    assert ops(result) == {"MatMul": 1}
+    sample = {"x": RNG.standard_normal((3, 50)).astype(np.float32)}
+    before, after = (Evaluator(m).run(sample)["y"] for m in (model, result))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_of_a_decoder_are_decoded_by_choice() -> None:
+    text = (
+        "g (float[N,40] x) => (float[N,8] y) { w = DequantizeLinear <axis=0,block_size=16> (c, s) y = MatMul (x, w) }"
+    )
+    proto = onnx.helper.make_model(
+        onnx.parser.parse_graph(text), opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10
+    )
+    arrays = {
+        "c": RNG.integers(-127, 128, (40, 8)).astype(np.int8),
+        "s": RNG.uniform(0.01, 0.1, (3, 8)).astype(np.float32),
+    }
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in arrays.items())
+    model = ir.loads(proto.SerializeToString())
+    result = run("dequantize", model).model
+    assert ops(result) == {"MatMul": 1}
+    sample = {"x": RNG.standard_normal((3, 40)).astype(np.float32)}
+    before, after = (Evaluator(m).run(sample)["y"] for m in (model, result))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+
+
 def test_operators_on_codes_become_their_float_selves() -> None:
     text = """g (float[1,2,3,3] x) => (float[1,3,3,3] y)
     <float s = {0.01}, uint8 z = {128}, float[3] v = {0.01, 0.02, 0.03}, int8[3] n = {0, 0, 0}, int8[3,2,1,1] w = {1, 2, 3, 4, 5, 6},

@@ -589,7 +589,9 @@ def main(
                     sentences(ir.load(found), scores, words, fourth, rounds, seed)
     digits = models.digits()
     for name in ("resnet", "mobilenet", "concat", "vit") if rtx and importlib.util.find_spec("tensorrt_rtx") else ():
-        with progress.network(f"engines of {name}") as wanted:
+        if only not in f"digits {name} engines":
+            continue
+        with progress.network(f"digits {name} engines") as wanted:
             if wanted:
                 engines(f"digits {name}", ir.load(ROOT / "models" / f"{name}.legacy.onnx"), digits["x_calib"], fifth)
     publish(*(t for t in tables if t.rows), markdown=markdown, json_file=json_file)

@@ -12,7 +12,7 @@ import gc
 from collections.abc import Iterator
 from typing import Final
 
-_YOUNG: Final = 250_000  # new objects between two looks at them; the usual number is 700 or 2,000
+_YOUNG: Final = 1_000_000  # new objects between two looks at them; the usual number is 700 or 2,000
 
 
 @contextlib.contextmanager

@@ -277,6 +277,7 @@ class _Run:
             frozenset()
         )  # operators of which one reads the other, of the same model
         self.changes = 0
+        self.declared = -1  # the number of changes after which all constants had a graph
         self.idle: dict[Pass, int] = {}  # the number of changes after which a pass found nothing to do
 
     def pipeline(self, pipeline: Pipeline, done: int, after_step: Callable[[int, Result], None] | None) -> Result:
@@ -307,6 +308,9 @@ class _Run:
     def declare(self) -> None:
         """Let the root graph hold the constants that passes made, in the order that a file written now would have: a pipeline that
         goes on from such a file then ends in the same bytes."""
+        if self.declared == self.changes:
+            return
+        self.declared = self.changes
         made = homeless(self.model)
         if made:
             self.model.graph.initializers.extend(made)

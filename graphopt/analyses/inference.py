@@ -16,8 +16,8 @@ import onnx
 from graphopt.ir import Constant, Node, numpy_dtype, onnx_dtype
 
 _KEPT: Final = 2048  # answers
-_INTEGER_BYTES: Final = 8192  # of a constant whose content onnx may want to see
-_FLOAT_BYTES: Final = 64  # the same of floats: scales, bounds of a Range
+_MOST_BYTES: Final = 8192  # of a constant whose content onnx may want to see
+_SEE_FLOATS: Final = frozenset({"OneHot", "Range", "Resize", "Upsample"})  # operators to which that may be floats
 
 Attribute = tuple[str, Any, int | None, Any]  # name, Python type or types, onnx type where known, value
 
@@ -49,9 +49,9 @@ class Question(NamedTuple):
     outputs: tuple[bool, ...]  # which are asked for
 
 
-def looks_at(dtype: np.dtype[Any], nbytes: int) -> bool:
-    """Whether the content of a constant may decide the shape of a result."""
-    return nbytes <= (_INTEGER_BYTES if dtype.kind in "iub" else _FLOAT_BYTES if dtype.kind == "f" else -1)
+def looks_at(op: str, dtype: np.dtype[Any], nbytes: int) -> bool:
+    """Whether the content of a constant operand may decide the shape of a result."""
+    return nbytes <= _MOST_BYTES and (dtype.kind in "iub" or (dtype.kind == "f" and op in _SEE_FLOATS))
 
 
 def attributes_of(node: Node) -> tuple[Attribute, ...]:
@@ -67,7 +67,7 @@ def _attribute(name: str, value: Any, kind: int | None) -> tuple[Any, int | None
         return tuple(map(type, value)), kind, tuple(value)
     if isinstance(value, Constant):
         tensor = onnx.TensorProto(data_type=onnx_dtype(np.dtype(value.dtype)), dims=value.shape)
-        if value.nbytes <= _INTEGER_BYTES:
+        if value.nbytes <= _MOST_BYTES:
             tensor = onnx.numpy_helper.from_array(np.array(value.values))
         proto = onnx.AttributeProto(name=name, type=onnx.AttributeProto.TENSOR, t=tensor)
     elif isinstance(value, onnx.AttributeProto):

@@ -246,7 +246,7 @@ class Shapes:
             info = (instead.get(id(tensor)) or self.info(tensor)) if tensor.name else None
             if info is not None and info.dtype is None:
                 return nothing
-            operands.append(None if info is None else self._operand(tensor, info, names))
+            operands.append(None if info is None else self._operand(node.op, tensor, info, names))
         question = inference.Question(
             node.op,
             self.opset,
@@ -262,7 +262,7 @@ class Shapes:
         dims: dict[int | str | None, Dim] = {name: dim for dim, name in names.items()}
         return [UNKNOWN if result is None else self._answered(result, dims) for result in found]
 
-    def _operand(self, tensor: gs.Tensor, info: Info, names: dict[Dim, str]) -> inference.Operand:
+    def _operand(self, op: str, tensor: gs.Tensor, info: Info, names: dict[Dim, str]) -> inference.Operand:
         """`names` numbers the symbols of one node."""
         assert info.dtype is not None
         dims: tuple[int | str, ...] | None = None
@@ -271,7 +271,7 @@ class Shapes:
         values = None
         if not isinstance(tensor, gs.Constant):
             values = _numbers(info)
-        elif inference.looks_at(info.dtype, tensor.nbytes) and info is self.info(tensor):
+        elif inference.looks_at(op, info.dtype, tensor.nbytes) and info is self.info(tensor):
             values = tensor.values
         return inference.Operand(info.dtype, dims, None if values is None else values.tobytes())
 

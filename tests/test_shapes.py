@@ -12,7 +12,7 @@ import pytest
 from onnx.backend.test.case.node import collect_testcases
 
 from graphopt import equivalence, ir, models
-from graphopt.analyses import symbolic
+from graphopt.analyses import inference, symbolic
 from graphopt.analyses.shapes import Info, Shapes
 from graphopt.analyses.symbolic import Expr
 from graphopt.evaluate import Evaluator
@@ -289,3 +289,25 @@ def test_sums_of_many_terms_become_opaque_and_stay_equal() -> None:
     total = functools.reduce(symbolic.add, many)
     again = functools.reduce(symbolic.add, many)
     assert total == again
+
+
+def test_onnx_is_asked_once_about_layers_that_differ_in_names_alone() -> None:
+    layers = "{0} = Add (x, {0}i)  {0}o = ReduceSum <keepdims = {1}> ({0})"
+    model = ir.parse(f"""
+        g (float[N,M] x, float[N,M] ai, float[N,M] bi, float[N,M] ci) => (float[1,1] ao, float[1,1] bo, float co)
+        {{ {layers.format("a", 1)} {layers.format("b", 1)} {layers.format("c", 0)} }}""")
+    inference.infer.cache_clear()
+    shapes = Shapes(model)
+    assert inference.infer.cache_info().misses == 3  # Add, and ReduceSum of each kind
+    assert [shapes.shape(t) for t in model.graph.outputs] == [(1, 1), (1, 1), ()]
+    Shapes(model)
+    assert inference.infer.cache_info().misses == 3
+
+
+def test_values_of_floats_matter_to_few_operators() -> None:
+    model = ir.parse("""
+        g (float[1,1,4,4] x) => (float[A,B,C,D] y, float[P] r)
+        <float[4] s = {1, 1, 2, 2}, float a = {0}, float b = {3}, float c = {0.5}>
+        { y = Resize (x, , s)  r = Range (a, b, c) }""")
+    shapes = Shapes(model)
+    assert [shapes.shape(t) for t in model.graph.outputs] == [(1, 1, 8, 8), (6,)]

@@ -247,12 +247,16 @@ class Shapes:
             if info is not None and info.dtype is None:
                 return nothing
             operands.append(None if info is None else self._operand(node.op, tensor, info, names))
+        try:
+            attributes = inference.attributes_of(node)
+        except (TypeError, ValueError):  # of a kind that ONNX does not have
+            return None
         question = inference.Question(
             node.op,
             self.opset,
             self._imports,
             max(self.model.ir_version, 4),
-            inference.attributes_of(node),
+            attributes,
             tuple(operands),
             tuple(bool(t.name) for t in node.outputs),
         )

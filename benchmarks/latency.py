@@ -86,7 +86,11 @@ def inputs(graph: catalogue.Graph, seed: int) -> Arrays:
     if not recorded.exists():
         return graph.samples[0].feeds(proto, seed)
     with np.load(recorded) as arrays:
-        return {value.name: arrays[value.name] for value in catalogue.required_inputs(proto)}
+        wanted = [value.name for value in catalogue.required_inputs(proto)]
+        absent = [name for name in wanted if name not in arrays]
+        if absent:
+            raise UsageError(f"{str(recorded)!r} holds no input {absent[0]!r} of {graph.path.name}")
+        return {name: arrays[name] for name in wanted}
 
 
 def by_transformers_optimizer(graph: catalogue.Graph, folder: Path, python: str) -> tuple[Path | None, str]:

@@ -84,10 +84,13 @@ def _objection(node: Node, shapes: Shapes) -> str | None:
     ranks = {shapes.rank(t) for t in node.inputs[:3]}
     if ranks not in ({3}, {4}):
         return "its operands are not known to have 3 or 4 dimensions each"
-    heads, size = _heads(node, 0, shapes), _size(node, shapes)
-    if not isinstance(heads, int) or heads != _heads(node, 1, shapes):
+    heads = _heads(node, 0, shapes)
+    if not isinstance(heads, int) or heads < 1 or heads != _heads(node, 1, shapes):
         return "keys and values have other heads than queries, or their number is not fixed"
-    if "scale" not in node.attrs and not isinstance(size, int):
+    if node.attrs.get("scale", 1.0) == 0:
+        return "its scale is zero"
+    size = _size(node, shapes)
+    if not node.attrs.get("scale") and (not isinstance(size, int) or size < 1):
         return "the size of a head, by which scores are scaled, is not fixed"
     return None
 
@@ -135,7 +138,7 @@ class _Parts:
         op, operands = "MatMul", [weights, v]
         if wide:
             rows = self.add("Transpose", [self.add(op, operands)], perm=[0, 2, 1, 3])
-            op, operands = "Reshape", [rows, self.integers("join", [0, 0, -1])]
+            op, operands = "Reshape", [rows, self.integers("join", [0, 0, self.width(node.inputs[2])])]
         edit.take_over(node.outputs[0], Node(op, op, None, operands, []), [node])
 
     def masks(self) -> list[gs.Tensor]:
@@ -162,8 +165,15 @@ class _Parts:
         return self.add("Range", [ends[0], length, ends[1]], np.int64)
 
     def split(self, tensor: gs.Tensor, heads: int, perm: Sequence[int]) -> gs.Tensor:
-        rows = self.add("Reshape", [tensor, self.integers("split", [0, 0, heads, -1])])
+        width = self.width(tensor)
+        size = -1 if width < 0 else width // heads
+        rows = self.add("Reshape", [tensor, self.integers("split", [0, 0, heads, size])])
         return self.add("Transpose", [rows], perm=list(perm))
+
+    def width(self, tensor: gs.Tensor) -> int:
+        """The length of a row, -1 where it is not fixed: a Reshape then finds it, unless another dimension is 0."""
+        width = (self.shapes.shape(tensor) or (None,))[-1]
+        return width if isinstance(width, int) else -1
 
     def number(self, wish: str, value: float) -> gs.Tensor:
         return self.edit.constant(wish, np.array(value, self.dtype))

@@ -185,6 +185,39 @@ def _scatter(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     return updates if start.item() == 0 and step.item() == 1 and limit.item() == rows else None
 
 
+def _quantize(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
+    """QuantizeLinear of what DequantizeLinear made of 8 or 16 bits by the same scale, which has to be a float32 of middling size: the
+    quotient of their product then rounds to the number that it was."""
+    inner = edit.producer(node.inputs[0])
+    if inner is None or inner.op != "DequantizeLinear" or not inner.is_onnx or len(inner.inputs) != len(node.inputs):
+        return None
+    source, scale = inner.inputs[0], node.inputs[1]
+    dtype = shapes.dtype(source)
+    if (
+        dtype is None
+        or dtype.name not in ("int8", "uint8", "int16", "uint16")
+        or dtype != shapes.dtype(node.outputs[0])
+    ):
+        return None
+    if inner.attrs.get("axis", 1) != node.attrs.get("axis", 1) or node.attrs.get(
+        "block_size", inner.attrs.get("block_size", 0)
+    ):
+        return None
+    if not all(_equal_constants(a, b, edit) for a, b in zip(inner.inputs[1:], node.inputs[1:], strict=True)):
+        return None
+    if scale.dtype != np.float32 or not bool(((scale.values >= 1e-30) & (scale.values <= 1e30)).all()):
+        return None
+    return source
+
+
+def _equal_constants(a: gs.Tensor, b: gs.Tensor, edit: Editor) -> bool:
+    if not edit.is_fixed(a) or not edit.is_fixed(b):
+        return False
+    return a is b or (
+        a.dtype == b.dtype and tuple(a.shape) == tuple(b.shape) and a.values.tobytes() == b.values.tobytes()
+    )
+
+
 def _upsample(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     scales = node.attrs.get("scales")
     if scales is None:
@@ -224,6 +257,7 @@ _RULES: Final[dict[str, Rule]] = {
     "Resize": _resize,
     "Upsample": _upsample,
     "Gather": _gather,
+    "QuantizeLinear": _quantize,
     "ScatterND": _scatter,
     "Mul": _neutral(1, right_only=False),
     "Div": _neutral(1, right_only=True),
@@ -245,6 +279,7 @@ _NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
     "in its place, and not cubic or antialiased",
     "Upsample": "its scales were constant and 1",
     "Gather": "its indices were known and all of the axis, in order",
+    "QuantizeLinear": "it undid a DequantizeLinear of 8 or 16 bits by equal constants, the scale a float32 between 1e-30 and 1e30",
     "ScatterND": "it wrote every row once, in order, without a reduction",
     **dict.fromkeys(
         ("Mul", "Div", "Pow"),

@@ -395,7 +395,8 @@ def _solved(
     def propose(matrix: Array, vector: Array, kind: str) -> None:
         nonlocal best
         vector = vector if free else bias
-        error = judge.error(matrix, vector)
+        with np.errstate(over="ignore", invalid="ignore"):  # a solution of next to nothing may be beyond all bounds
+            error = judge.error(matrix, vector)
         if np.isfinite(error) and error < best[0]:
             best = error, matrix, vector, kind
 

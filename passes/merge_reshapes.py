@@ -1,5 +1,7 @@
 """Reshape, Flatten, Squeeze and Unsqueeze keep the order of elements, so a chain of them is one of them.
 
+So does a Transpose that moves nothing but axes of size 1; beside one of the others it is a Reshape, too.
+
 The last one of a chain reads the first one's operand directly, where its shape can be said without computing it: each dimension is a
 number, the dimension of the source at the same place (written 0, which copies), or one that is left (written -1); or Squeeze, Unsqueeze
 or Flatten say it. For an empty tensor -1 is an error beside another dimension of 0, so it is written only where the others are surely
@@ -26,7 +28,7 @@ _FAMILY: Final = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True)
 class MergeReshapes(Pass):
-    """Replace a chain of Reshape, Flatten, Squeeze and Unsqueeze by one of them, or by nothing.
+    """Replace a chain of Reshape, Flatten, Squeeze, Unsqueeze and Transposes of axes of size 1 by one of them, or by nothing.
 
     The values between are read by reshapes alone; a pair that cancels goes whoever reads the value between.
 
@@ -45,7 +47,7 @@ class MergeReshapes(Pass):
           y = Exp (b) }
     """
 
-    places: ClassVar[tuple[Place, ...]] = (Place(_FAMILY, _FAMILY),)
+    places: ClassVar[tuple[Place, ...]] = (Place(_FAMILY, (*_FAMILY, "Transpose")), Place(("Transpose",), _FAMILY))
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep in topological order; returns the number of links removed."""
@@ -53,7 +55,7 @@ class MergeReshapes(Pass):
         edit = Editor(model)
         merged = 0
         for node in list(model.nodes()):
-            inner = _inner(node, edit)
+            inner = _inner(node, edit, shapes)
             if inner is None:
                 continue
             source, between, result = inner.inputs[0], node.inputs[0], node.outputs[0]
@@ -66,7 +68,7 @@ class MergeReshapes(Pass):
                 _erase_unread(edit, inner)
                 merged += 1
                 continue
-            if edit.is_output(between) or not all(_is_reshape(n) for n in between.outputs):
+            if edit.is_output(between) or not all(_keeps_order(n, shapes) for n in between.outputs):
                 ctx.remark(node, f"{between.name!r} is read by others too")
                 continue
             form = ("Identity", {}, []) if cancels else _form(node, inner, shapes, model.opset)
@@ -93,13 +95,29 @@ def _is_reshape(node: Node) -> bool:
     return node.op in _FAMILY and node.is_onnx and (node.op != "Reshape" or len(node.inputs) == 2)
 
 
-def _inner(node: Node, edit: Editor) -> Node | None:
-    """The reshape in the same graph that feeds `node`, a reshape."""
-    if not _is_reshape(node):
+def _keeps_order(node: Node, shapes: Shapes) -> bool:
+    """Whether `node` is one of the family, or a Transpose in which all that moves are axes of size 1."""
+    if node.op != "Transpose" or not node.is_onnx:
+        return _is_reshape(node)
+    shape = shapes.shape(node.inputs[0])
+    if shape is None:
+        return False
+    order = [axis for axis in node.attrs.get("perm", range(len(shape))[::-1]) if shape[axis] != 1]
+    return order == sorted(order)
+
+
+def _inner(node: Node, edit: Editor, shapes: Shapes) -> Node | None:
+    """The node in the same graph that feeds `node`, where both keep the order of elements and one is of the family."""
+    if node.op != "Transpose" and not _is_reshape(node):
         return None
     inner = edit.producer(node.inputs[0])
-    same = inner is not None and _is_reshape(inner) and edit.graph_of(inner) is edit.graph_of(node)
-    return inner if same else None
+    if (
+        inner is None
+        or not (_is_reshape(node) or _is_reshape(inner))
+        or edit.graph_of(inner) is not edit.graph_of(node)
+    ):
+        return None
+    return inner if _keeps_order(node, shapes) and _keeps_order(inner, shapes) else None
 
 
 def _erase_unread(edit: Editor, node: Node) -> None:

@@ -22,6 +22,7 @@ from graphopt.pass_base import Context, Exactness, Pass, Place
 
 Array = np.ndarray[Any, Any]
 _PRODUCTS: Final = ("MatMul", "Gemm")
+_LARGEST: Final = 1 << 24  # elements of both weights; larger ones take minutes and gigabytes to multiply in float64
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def _objection(first: Node, second: Node, edit: Editor) -> str | None:
             return f"weight or bias of {node.name!r} is not constant"
         if edit.sole_consumer(w) is not node:
             return f"weight {w.name!r} is shared"
+    count = sum(math.prod(node.inputs[1].shape) for node in (first, second))
+    if count > _LARGEST:
+        return f"weights {first.inputs[1].name!r} and {second.inputs[1].name!r} have {count:,} elements; {_LARGEST:,} at most are multiplied"
     dtype = np.dtype(second.inputs[1].dtype)
     if dtype.kind != "f" or np.dtype(first.inputs[1].dtype) != dtype:
         return f"weight {second.inputs[1].name!r} is {dtype}; fusing is for float16, float32 and float64"

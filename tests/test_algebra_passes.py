@@ -88,3 +88,17 @@ def test_the_identity_stays_out_of_a_lone_kernel_that_is_quantized_later() -> No
     kept = Pipeline.parse("O3").run(ir.parse(text), Context(products_stay=True))
     assert [n.op for n in kept.model.nodes()] == ["Conv", "Add"]
     assert [n.op for n in Pipeline.parse("O3").run(ir.parse(text)).model.nodes()] == ["Conv"]
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(64, True), (1 << 18, False)])
+def test_products_of_large_weights_are_left_to_run_time(rows: int, fused: bool) -> None:
+    model = ir.parse(
+        "g (float[N,K] x) => (float[N,64] y) <float[1] a = {0}, float[1] b = {0}> { h = MatMul (x, a) y = MatMul (h, b) }"
+    )
+    first, second = model.graph.nodes
+    first.inputs[1] = ir.Constant("a", np.broadcast_to(np.float32(1), (64, rows)))  # takes no memory
+    second.inputs[1] = ir.Constant("b", np.broadcast_to(np.float32(1), (rows, 64)))
+    model.graph.initializers.clear()
+    result = Pipeline.parse("fuse-linear-chain").run(model)
+    assert result.rewrites == fused
+    assert fused or "elements" in str(result.remarks[0])

@@ -87,11 +87,11 @@ def test_explain_of_an_operator_that_no_pass_knows_says_so(tmp_path: Path, capsy
 
 
 def test_explain_says_so_where_no_pass_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = """g () => (uint8[2] y) <float[2] a = {1, 2}, float s = {1}, uint8 z = {0}> { [n] y = QuantizeLinear (a, s, z) }"""
+    text = """g () => (float[2] y) <int8[2] a = {1, 2}, float s = {1}, int8 z = {0}> { [n] y = DequantizeLinear (a, s, z) }"""
     path = str(tmp_path / "m.onnx")
     ir.save(ir.parse(text), path)
     assert cli.run(["explain", path, "n"]) == 0
-    assert "no pass looks at QuantizeLinear" in capsys.readouterr().out
+    assert "no pass looks at DequantizeLinear" in capsys.readouterr().out
 
 
 def test_inspect_counts_multiply_accumulates(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,13 @@ Continue = Annotated[
 TargetName = Annotated[
     str | None, typer.Option("--target", "-t", metavar="TARGET", help="Which variant; default: the best that runs.")
 ]
+
+
+def not_nan(value: float | None) -> float | None:
+    """Callback of numbers that have a range, which NaN is in for click, as it is below nothing."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
 
 
 def load(name: str) -> Model:

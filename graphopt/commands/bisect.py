@@ -16,6 +16,7 @@ from graphopt.commands.arguments import (
     Shapes,
     check_place,
     load,
+    not_nan,
     parse_pipeline,
     parse_ranges,
     read_samples,
@@ -52,7 +53,9 @@ def bisect(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="Relative; default: what the passes are allowed by their class."),
+        typer.Option(
+            min=0, callback=not_nan, metavar="X", help="Relative; default: what the passes are allowed by their class."
+        ),
     ] = None,
     cmd: CommandText = None,
     passes: PipelineText = None,

@@ -22,6 +22,7 @@ from graphopt.commands.arguments import (
     Shapes,
     Threads,
     check_place,
+    not_nan,
     parse_pipeline,
     parse_ranges,
     write_report,
@@ -75,7 +76,8 @@ def build(
     labels: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="int8: class numbers of the samples.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="int8: top1 (with labels) or agreement.")] = None,
     max_drop: Annotated[
-        float | None, typer.Option(min=0.0, metavar="POINTS", help="int8: how much of the metric may be lost.")
+        float | None,
+        typer.Option(min=0.0, callback=not_nan, metavar="POINTS", help="int8: how much of the metric may be lost."),
     ] = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="int8: also layers that are slower in int8 here.")] = False,
     no_fallback: Annotated[

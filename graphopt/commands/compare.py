@@ -16,6 +16,7 @@ from graphopt.commands.arguments import (
     Shapes,
     check_place,
     load,
+    not_nan,
     parse_ranges,
     read_arrays,
     write_report,
@@ -38,7 +39,8 @@ def compare(
     shape: Shapes = None,
     seed: Seed = 0,
     tolerance: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Relative to the largest magnitude of an output.")
+        float,
+        typer.Option(min=0, callback=not_nan, metavar="X", help="Relative to the largest magnitude of an output."),
     ] = 1e-4,
     layers: Annotated[
         bool, typer.Option("--layers", help="Compare every tensor, and name the first that diverges.")

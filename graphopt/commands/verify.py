@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from graphopt.commands.arguments import ReportFile, Seed, TargetName, check_place, load, write_report
+from graphopt.commands.arguments import ReportFile, Seed, TargetName, check_place, load, not_nan, write_report
 from graphopt.commands.containment import contained
 from graphopt.commands.terminal import err, out
 from graphopt.errors import UsageError, UserError
@@ -34,10 +34,14 @@ def verify(
         Path | None, typer.Option("--labels", metavar="FILE.npy", help="Class numbers of the samples: top-1 accuracy.")
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, metavar="X", help="Relative to the largest magnitude of an output.")
+        float | None,
+        typer.Option(min=0, callback=not_nan, metavar="X", help="Relative to the largest magnitude of an output."),
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(min=0, metavar="POINTS", help="How much accuracy may be lost; default: as built.")
+        float | None,
+        typer.Option(
+            min=0, callback=not_nan, metavar="POINTS", help="How much accuracy may be lost; default: as built."
+        ),
     ] = None,
     seed: Seed = 0,
     report: ReportFile = None,

@@ -34,6 +34,7 @@ from graphopt.analyses.shape_rules import (
 )
 from graphopt.analyses.symbolic import Dim, Expr
 from graphopt.ir import Graph, Model, Node, subgraphs
+from graphopt.reading import shape_of
 
 _RANK_OF: Final = {
     "Expand": 1,
@@ -53,6 +54,8 @@ class Shapes:
         self._infos: dict[int, Info] = {}
         self._alive: list[gs.Tensor] = []
         self._numbers = itertools.count()
+        inputs = [t for graph in model.graphs() for t in graph.inputs] if model.ir_version >= 4 else []
+        self._defaults = {id(t) for t in inputs if isinstance(t, gs.Constant)}  # callers may give other values
         self._imports = tuple(model.opsets.items())
         self._graph(model.graph, trusted=True)
 
@@ -114,10 +117,14 @@ class Shapes:
         """From the graph's own words; symbols only where `trusted`."""
         if getattr(tensor, "type", None) not in (None, "tensor_type"):
             return UNKNOWN
-        if tensor.shape is None:
+        shape = tensor.shape
+        if id(tensor) in self._defaults:
+            declared = tensor.carried.type.tensor_type if getattr(tensor, "carried", None) is not None else None
+            shape = shape_of(declared.shape) if declared is not None and declared.HasField("shape") else None
+        if shape is None:
             return Info(tensor.dtype)
         dims: list[Dim] = []
-        for dim in tensor.shape:
+        for dim in shape:
             known = (
                 int(dim)
                 if isinstance(dim, int) and dim >= 0
@@ -275,7 +282,11 @@ class Shapes:
         values = None
         if not isinstance(tensor, gs.Constant):
             values = _numbers(info)
-        elif inference.looks_at(op, info.dtype, tensor.nbytes) and info is self.info(tensor):
+        elif (
+            id(tensor) not in self._defaults
+            and inference.looks_at(op, info.dtype, tensor.nbytes)
+            and info is self.info(tensor)
+        ):
             values = tensor.values
         return inference.Operand(info.dtype, dims, None if values is None else values.tobytes())
 

@@ -187,7 +187,7 @@ def _scatter(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
 
 def _quantize(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
     """QuantizeLinear of what DequantizeLinear made of 8 or 16 bits by the same scale, which has to be a float32 of middling size: the
-    quotient of their product then rounds to the number that it was."""
+    quotient of their product, both in float32, then rounds to the number that it was."""
     inner = edit.producer(node.inputs[0])
     if inner is None or inner.op != "DequantizeLinear" or not inner.is_onnx or len(inner.inputs) != len(node.inputs):
         return None
@@ -198,6 +198,8 @@ def _quantize(node: Node, shapes: Shapes, edit: Editor) -> gs.Tensor | None:
         or dtype.name not in ("int8", "uint8", "int16", "uint16")
         or dtype != shapes.dtype(node.outputs[0])
     ):
+        return None
+    if shapes.dtype(node.inputs[0]) != np.float32 or node.attrs.get("precision", 0) not in (0, 1):
         return None
     if inner.attrs.get("axis", 1) != node.attrs.get("axis", 1) or node.attrs.get(
         "block_size", inner.attrs.get("block_size", 0)
@@ -279,7 +281,7 @@ _NEEDED: Final[dict[str, str]] = {  # of each operator in _RULES, for `explain`
     "in its place, and not cubic or antialiased",
     "Upsample": "its scales were constant and 1",
     "Gather": "its indices were known and all of the axis, in order",
-    "QuantizeLinear": "it undid a DequantizeLinear of 8 or 16 bits by equal constants, the scale a float32 between 1e-30 and 1e30",
+    "QuantizeLinear": "it undid a DequantizeLinear of 8 or 16 bits by equal constants, the scale a float32 between 1e-30 and 1e30, and both in float32",
     "ScatterND": "it wrote every row once, in order, without a reduction",
     **dict.fromkeys(
         ("Mul", "Div", "Pow"),

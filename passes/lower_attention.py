@@ -79,19 +79,40 @@ def _objection(node: Node, shapes: Shapes) -> str | None:
         return "it reads or returns keys and values of earlier calls, or its scores"
     if node.attrs.get("softcap", 0.0):
         return "its scores are capped"
-    if str(shapes.dtype(node.inputs[0])) not in _FLOATS:
+    if any(node.attrs.get(f"{side}_window_size", -1) != -1 for side in ("left", "right")):
+        return "it looks at a window of the keys alone"
+    dtype = shapes.dtype(node.inputs[0])
+    if str(dtype) not in _FLOATS:
         return f"{node.inputs[0].name!r} is not known to be of floats"
+    if any(shapes.dtype(t) != dtype for t in node.inputs[1:3]):
+        return "its operands are not known to have one type"
     ranks = {shapes.rank(t) for t in node.inputs[:3]}
     if ranks not in ({3}, {4}):
         return "its operands are not known to have 3 or 4 dimensions each"
     heads = _heads(node, 0, shapes)
     if not isinstance(heads, int) or heads < 1 or heads != _heads(node, 1, shapes):
         return "keys and values have other heads than queries, or their number is not fixed"
-    if node.attrs.get("scale", 1.0) == 0:
-        return "its scale is zero"
+    if len(node.inputs) > 3 and node.inputs[3].name and (reason := _odd_mask(node, shapes)):
+        return reason
+    if not node.attrs.get("scale", 1.0) > 0:
+        return "its scale is zero, or negative, of which Attention takes a root"
     size = _size(node, shapes)
     if not node.attrs.get("scale") and (not isinstance(size, int) or size < 1):
         return "the size of a head, by which scores are scaled, is not fixed"
+    return None
+
+
+def _odd_mask(node: Node, shapes: Shapes) -> str | None:
+    """What else than an addend or a choice for each score the mask is, or None."""
+    mask, keys = node.inputs[3], shapes.shape(node.inputs[1])
+    if shapes.dtype(mask) not in (np.bool_, shapes.dtype(node.inputs[0])):
+        return f"mask {mask.name!r} is neither of bools nor of the type of the queries"
+    shape = shapes.shape(mask)
+    if not shape or keys is None:
+        return f"the shape of mask {mask.name!r} is not known"
+    known, keys_known = isinstance(shape[-1], int), isinstance(keys[-2], int)
+    if shape[-1] != keys[-2] and (shapes.opset >= 24 or (known and keys_known) or shape[-1] == 1):
+        return f"mask {mask.name!r} is not surely as long as the keys, and hides those beyond its end"
     return None
 
 

@@ -59,8 +59,10 @@ def _unsqueeze(node: gs.Node, opset: int, operands: Operands) -> list[Array] | N
     return None if axes is None else [np.expand_dims(_given(operands[0]), tuple(axes))]
 
 
-def _squeeze(node: gs.Node, opset: int, operands: Operands) -> list[Array]:
+def _squeeze(node: gs.Node, opset: int, operands: Operands) -> list[Array] | None:
     axes = _axes(node, operands)
+    if axes == []:  # nothing, says the standard; ONNX Runtime takes all of size 1
+        return None
     return [np.squeeze(_given(operands[0]), None if axes is None else tuple(axes))]
 
 

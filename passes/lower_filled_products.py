@@ -66,8 +66,10 @@ def _objection(node: Node, fill: Node, reshape: Node | None, shapes: Shapes, edi
     weight, dtype = shapes.shape(node.inputs[1]), shapes.dtype(node.inputs[1])
     if weight is None or len(weight) != 2 or not all(isinstance(d, int) for d in weight):
         return f"{node.inputs[1].name!r} is no matrix of known size"
-    if dtype is None or dtype.kind != "f" or node.attrs.get("transA", 0):
-        return "it is not of floats, or transposes its first operand"
+    if dtype is None or dtype.kind != "f" or dtype.itemsize < 4 or node.attrs.get("transA", 0):
+        return "it is not of floats, or of half ones, in which a sum may overflow that is not yet scaled, or transposes its first operand"
+    if not np.isfinite(_number(fill)):
+        return f"{node.inputs[1].name!r} is not of a finite number"
     if edit.sole_consumer(node.inputs[1]) is not node or edit.graph_of(fill) is not edit.graph_of(node):
         return f"{node.inputs[1].name!r} is read by others too"
     if reshape is None or reshape.op not in ("Reshape", "Flatten") or not reshape.is_onnx:
@@ -78,6 +80,11 @@ def _objection(node: Node, fill: Node, reshape: Node | None, shapes: Shapes, edi
     if source is None or rows is None or len(rows) != 2 or len(source) < 3 or source[0] != rows[0] or source[-1] != 1:
         return "the Reshape before it does more than to merge all axes but the first, the last of them of one element"
     return None
+
+
+def _number(fill: Node) -> Any:
+    """The number, with its type, that a ConstantOfShape repeats."""
+    return np.asarray(fill.attrs["value"].values if "value" in fill.attrs else np.zeros(1, np.float32)).reshape(-1)[0]
 
 
 def _rewrite(node: Node, fill: Node, reshape: Node, opset: int, shapes: Shapes, edit: Editor) -> None:
@@ -91,8 +98,7 @@ def _rewrite(node: Node, fill: Node, reshape: Node, opset: int, shapes: Shapes, 
         attributes["axes"] = axes
     turned = bool(node.attrs.get("transB", 0))
     width = (shapes.shape(weight) or (0, 0))[0 if turned else 1]
-    number = np.asarray(fill.attrs["value"].values if "value" in fill.attrs else np.zeros(1, np.float32)).reshape(-1)[0]
-    row = edit.constant(weight.name, np.full((width, 1) if turned else (1, width), number))
+    row = edit.constant(weight.name, np.full((width, 1) if turned else (1, width), _number(fill)))
     edit.take_over(node.inputs[0], Node("ReduceSum", "sum", attributes, operands), (reshape, node))
     node.inputs[0].shape = None
     node.inputs[1] = row

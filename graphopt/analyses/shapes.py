@@ -174,6 +174,8 @@ class Shapes:
         if subgraphs(node):
             return None
         infos = self._by_onnx(node)
+        if node.op == "Squeeze" and self._squeezes_nothing(node):
+            return [Info(info.dtype) for info in infos]
         call = Call(self, node, infos)
         shapes = SHAPE_RULES.get(node.op)
         if shapes is not None:
@@ -186,6 +188,12 @@ class Shapes:
                 if value is not None and value.size <= MAX_VALUES:
                     infos[index] = Info(infos[index].dtype, tuple(value.shape), value)
         return infos
+
+    def _squeezes_nothing(self, node: Node) -> bool:
+        """Whether a Squeeze is given no axes: nothing happens, says the standard, and ONNX Runtime takes all of size 1."""
+        if len(node.inputs) > 1 and node.inputs[1].name:
+            return self.shape(node.inputs[1]) == (0,)
+        return node.attrs.get("axes") == []
 
     def _contrib(self, node: Node) -> list[Info]:
         call = Call(self, node, [])

@@ -193,7 +193,7 @@ class Shapes:
         """Whether a Squeeze is given no axes: nothing happens, says the standard, and ONNX Runtime takes all of size 1."""
         if len(node.inputs) > 1 and node.inputs[1].name:
             return self.shape(node.inputs[1]) == (0,)
-        return node.attrs.get("axes") == []
+        return bool(node.attrs.get("axes") == [])
 
     def _contrib(self, node: Node) -> list[Info]:
         call = Call(self, node, [])

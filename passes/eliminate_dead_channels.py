@@ -218,7 +218,7 @@ def _node(groups: ChannelGroups, node: Node, zeros: dict[int, set[int]]) -> set[
     if node.op in _KEEPS:
         return of(0)
     if node.op == "Clip":
-        bounds = [t.values for t in node.inputs[1:] if isinstance(t, gs.Constant)]
+        bounds = [t.values for t in node.inputs[1:] if groups.is_fixed(t)]
         known = len(bounds) == sum(1 for t in node.inputs[1:] if t.name)
         low, high = node.attrs.get("min", 0), node.attrs.get("max", 0)
         if len(node.inputs) > 1 and node.inputs[1].name and known:

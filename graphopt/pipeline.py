@@ -38,7 +38,7 @@ PRESETS: Final[dict[str, str]] = {
     "simplify": "inline-functions,eliminate-dead,fixpoint("
     "lower-cast-like,inline-if,unroll-loop{grow=false},eliminate-identity,eliminate-nop,eliminate-idempotent,fold-constants,fold-shapes,fold-fills,eliminate-common-subexpression,"
     "rebuild-shapes,drop-default-operands,merge-casts,merge-clips,simplify-masks,"
-    "lower-sequences,fuse-slice-squeeze,split-slices,eliminate-expand,merge-reshapes,merge-slices,merge-concats,bypass-concats,merge-pads,merge-gathers,fuse-gather-unsqueeze,merge-expands,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
+    "lower-sequences,fuse-slice-squeeze,merge-slices,split-slices,eliminate-expand,merge-reshapes,merge-concats,bypass-concats,merge-pads,merge-gathers,fuse-gather-unsqueeze,merge-expands,fuse-reduce-unsqueeze,merge-transposes,sink-transposes),"
     "eliminate-unused",
     # Constants into the weights beside them: each rounds once.
     "fuse-weights": "fuse-log-softmax,fuse-arg-max,fixpoint(simplify-arithmetic,fuse-reciprocal,fuse-min-max,fuse-bn-affine,fuse-conv-bn,fuse-conv-scale,fuse-conv-bias,fuse-conv-branches,fuse-linear-chain,fuse-input-shift,fuse-negation,fuse-pad,"

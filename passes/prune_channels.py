@@ -32,7 +32,7 @@ from graphopt.analyses.repair import Feeds, Fit, live_bytes
 from graphopt.analyses.repair import repair as fit_to
 from graphopt.analyses.residual_blocks import Block, chains, residual_blocks
 from graphopt.edit import cleanup
-from graphopt.errors import UserError
+from graphopt.errors import UsageError, UserError
 from graphopt.ir import Constant, Model, Node
 from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.target import Target
@@ -118,6 +118,7 @@ class PruneChannels(Pass):
         reached = self._reached(model, groups)
         if reached <= self.left * (1.05 if self.target == "latency" else 1.001):
             return 0
+        self._check_excluded(model)
         self._require_prunable(groups)
         if self.target == "latency" and ctx.clock is None:
             raise UserError(
@@ -135,6 +136,14 @@ class PruneChannels(Pass):
             if number:
                 groups = channel_groups(model, heads=self.heads)
             goal = (self.left / reached) ** (1 / self.rounds)
+            if number and self.target != "latency":  # widths that are liked may have taken more than the round's share
+                share = (
+                    groups.cost_model(self.target).total() / channel_groups(original).cost_model(self.target).total()
+                )
+                goal **= number + 1
+                goal /= share
+                if goal > 1:
+                    continue
             steps, blocks = self._choose(model, groups, feeds, goal, ctx)
             admitted = [step for step in steps if ctx.admit()]
             blocks = [block for block in blocks if ctx.admit()]
@@ -172,6 +181,14 @@ class PruneChannels(Pass):
 
     # ------------------------------------------------------------------------------------------------------- steps
 
+    def _check_excluded(self, model: Model) -> None:
+        names = [name for n in model.nodes() for name in (n.name, *n.origin)] + [t.name for t in model.constants()]
+        for glob in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+                raise UsageError(
+                    f"prune-channels: exclude={glob} matches no node and no weight; graphopt groups lists them"
+                )
+
     def _require_prunable(self, groups: ChannelGroups) -> None:
         if self._free(groups):
             return
@@ -182,10 +199,18 @@ class PruneChannels(Pass):
         raise UserError(f"prune-channels: no channel of this model can be removed: {told}")
 
     def _free(self, groups: ChannelGroups) -> list[Group]:
-        return [g for g in groups.groups if g.width > 1 and not self._excluded(g)]
+        if not self.exclude:
+            return [g for g in groups.groups if g.width > 1]
+        readers: dict[str, list[str]] = {}  # of a weight: the nodes, and what they were in the model as it was given
+        for node in groups.model.graph.nodes:
+            for tensor in node.inputs:
+                readers.setdefault(tensor.name, []).extend((node.name, *node.origin))
+        return [g for g in groups.groups if g.width > 1 and not self._excluded(g, readers)]
 
-    def _excluded(self, group: Group) -> bool:
-        return self._named([group.name, *(name for name, _, _ in group.sites), *group.consumers])
+    def _excluded(self, group: Group, readers: Mapping[str, Sequence[str]]) -> bool:
+        weights = [name for name, _, _ in group.sites]
+        nodes = [reader for name in weights for reader in readers.get(name, ())]
+        return self._named([group.name, *weights, *nodes, *group.consumers])
 
     def _named(self, names: Iterable[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in self.exclude)
@@ -385,11 +410,11 @@ class PruneChannels(Pass):
         if self.target == "latency" and ctx.clock is not None:
             feed, step = _one_sample(ctx, original, feeds), self.align or _ALIGNMENT
             times = [CostModel(g, latency.terms(g, ctx.clock, feed, ctx.evaluate, step)[0]) for g in (first, last)]
-            now = {group.name: group.classes for group in last.groups}
-            for group, entry in zip(first.groups, told["groups"], strict=True):
+            left = report.counterparts(first, last)
+            for group, now, entry in zip(first.groups, left, told["groups"], strict=True):
                 entry["latency_seconds"] = [
                     times[0].touched(group.classes),
-                    times[1].touched(now.get(group.name, ())),
+                    times[1].touched(() if now is None else now.classes),
                 ]
         tensors = {tensor.name: tensor for tensor in original.constants()}
         for entry in told["groups"]:

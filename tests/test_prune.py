@@ -138,6 +138,32 @@ def by_name(chooser: Chooser) -> dict[int, float]:
     return {root: -float(root) for root in chooser.left}
 
 
+def too_few(chooser: Chooser) -> np.ndarray:
+    return np.zeros(1)
+
+
+def not_numbers(chooser: Chooser) -> dict[int, float]:
+    return dict.fromkeys(chooser.left, float("nan"))
+
+
+def raising(chooser: Chooser) -> dict[int, float]:
+    raise RuntimeError("lost")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("too_few", "without a number for each class"),
+        ("not_numbers", "is NaN"),
+        ("raising", "it raised RuntimeError: lost"),
+        ("CHAIN", "CHAIN is no function; name one"),
+    ],
+)
+def test_selector_of_ones_own_that_goes_wrong_is_its_authors_to_mend(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=rf"importance=.*{name}: .*{told}"):
+        prune(ir.parse(CHAIN), f"{{importance={__name__}:{name}}}", noise(16, 2, 4, 4))
+
+
 def test_selector_of_ones_own_is_one_function() -> None:
     model = ir.parse(CHAIN)
     result = prune(model, f"{{ratio=0.25,align=1,importance={__name__}:by_name,repair=false}}", noise(16, 2, 4, 4))
@@ -191,9 +217,9 @@ def test_channels_that_hardly_vary_around_a_large_mean_are_weighed_without_overf
 
 def test_heads_go_whole() -> None:
     """In both exports' forms; one folds the heads into the batch to transpose the keys."""
-    for name in ("vit.legacy", "vit.dynamo"):
+    for name, excluded in (("vit.legacy", "'*mlp*'"), ("vit.dynamo", "'val_74','val_138','val_202'")):
         model = Pipeline.parse("O2").run(ir.load(models.path(name))).model
-        options = "{heads=true,ratio=0.1,align=1,exclude=['*mlp*','val_74*','val_138*','val_202*']}"
+        options = f"{{heads=true,ratio=0.1,align=1,exclude=[{excluded}]}}"
         result = prune(model, options, models.digits()["x_calib"][:32])
         before, after = ([g.width for g in channel_groups(m, heads=True).groups] for m in (model, result.model))
         assert sorted(before) == [4, 4, 4, 128, 128, 128]
@@ -285,6 +311,26 @@ def test_report_says_widths_costs_and_errors(mobilenet: ir.Model) -> None:
     assert any("multiply-accumulates (-30" in text for text in told)
     assert any("before repair" in text for text in told)
     assert any("channels: " in text and "macs, " in text and " bytes, error of its readers " in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "options", ["ratio=0.5,align=1", "ratio=0.5,align=1,rounds=2", "ratio=0.5,align=1,repair=false"]
+)
+def test_report_follows_groups_whose_weights_got_other_names(options: str) -> None:
+    result = prune(ir.parse(CHAIN), f"{{{options}}}", noise(16, 2, 4, 4))
+    (group,) = result.facts["prune-channels"]["groups"]
+    assert result.facts["prune-channels"]["macs"] == [256, 128]  # the second round has nothing left to do
+    assert group["channels"] == [4, 2]
+    assert group["params"] == [16, 8]
+    assert group["macs"] == [256, 128]
+
+
+def test_report_knows_a_group_that_has_one_channel_left() -> None:
+    result = prune(ir.parse(CHAIN), "{ratio=0.74,align=1,rounds=2}", noise(16, 2, 4, 4))
+    (group,) = result.facts["prune-channels"]["groups"]
+    assert group["channels"] == [4, 1]
+    assert group["params"] == [16, 6]  # with the bias that the repair gave the reader
+    assert group["macs"] == [256, 64]
 
 
 def test_without_samples_norms_decide_and_a_remark_says_so() -> None:
@@ -407,6 +453,24 @@ def test_nothing_prunable_is_an_error_that_says_what_pins() -> None:
 def test_everything_excluded_is_an_error_too() -> None:
     with pytest.raises(UserError, match="covers all 1 groups"):
         prune(ir.parse(CHAIN), "{exclude='*'}")
+
+
+def test_who_computes_the_channels_can_be_excluded_by_any_of_its_names() -> None:
+    model = ir.parse(CHAIN)
+    model.graph.nodes[0].name, model.graph.nodes[0].origin = "first_1", ("first",)
+    for name in ("first", "first_1", "a"):
+        with pytest.raises(UserError, match="covers all 1 groups"):
+            prune(model, f"{{exclude={name}}}")
+    with pytest.raises(UsageError, match=r"exclude=nothing\* matches no node and no weight"):
+        prune(model, "{exclude='nothing*'}")
+
+
+def test_products_of_vectors_are_named_as_what_keeps_their_channels() -> None:
+    model = ir.parse(
+        "g (float[2] x) => (float[2] y) <float[4,2] a = {1,2,3,4,5,6,7,8}, float[2,4] b = {1,2,3,4,5,6,7,8}> { h = MatMul (a, x) y = MatMul (b, h) }"
+    )
+    with pytest.raises(UserError, match=r"channels stay: node .* \(MatMul\) needs all of it"):
+        prune(model, "")
 
 
 def test_more_than_can_be_removed_is_an_error_and_leaves_the_model_alone() -> None:

@@ -520,7 +520,11 @@ class ChannelGroups:
 
     def cost_model(self, what: str, blocks: Sequence[Container[str]] = ()) -> CostModel:
         """What the model costs, and what it saves to remove classes: ``macs`` of one sample, ``params`` or ``bytes`` of weights."""
-        return CostModel(self, self.macs() if what == "macs" else self._weights_terms(what == "bytes"), blocks)
+        return CostModel(self, self.terms(what), blocks)
+
+    def terms(self, what: str) -> list[Term]:
+        """What `cost_model` adds up."""
+        return self.macs() if what == "macs" else self._weights_terms(what == "bytes")
 
     def axis(self, tensor: gs.Tensor, axis: int) -> Array | int:
         """The atoms of an axis, or its length; 1 where that is known at run time only."""

@@ -145,6 +145,7 @@ def _gemm(call: Call) -> Sequence[Labels | None]:
 def _matmul(call: Call) -> Sequence[Labels | None] | None:
     a, b = call.axes(0), call.axes(1)
     if len(a) < 2 or len(b) < 2:
+        call.groups.seen(*a, *b)
         return None
     call.groups.seen(a[-1], b[-1], b[-2])
     joined = call.join(a[-1], b[-2])

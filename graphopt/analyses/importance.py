@@ -15,7 +15,9 @@ what it chose are the same for all of them, so selectors can be compared.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -438,12 +440,33 @@ def selector(name: str) -> Selector:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"importance={name}: {error}; write module:function, importable from here") from None
+    except Exception as error:  # the module is the user's
+        told = str(error) if isinstance(error, ImportError | AttributeError | ValueError) else f"it raised {error!r}"
+        raise UserError(f"importance={name}: {told}; write module:function, importable from here") from None
     if not callable(found):
-        raise UserError(f"importance={name}: {attribute} is no function")
-    chosen: Selector = found
-    return chosen
+        raise UserError(f"importance={name}: {attribute} is no function; name one from a Chooser to scores")
+    return functools.partial(_scores_of, name, found)
+
+
+def _scores_of(name: str, function: Callable[[Chooser], Any], chooser: Chooser) -> dict[int, float]:
+    """What a function of the user's says of the classes that are left, checked."""
+    try:
+        given = function(chooser)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"importance={name}: it raised {type(error).__name__}: {error}; mend it") from error
+    try:
+        scores = {c: float(given[c]) for c in chooser.left}
+    except (TypeError, ValueError, LookupError):
+        raise UserError(
+            f"importance={name}: it gave {type(given).__name__} without a number for each class; "
+            "return a mapping of each of chooser.left to its score"
+        ) from None
+    lost = next((c for c, score in scores.items() if math.isnan(score)), None)
+    if lost is not None:
+        raise UserError(f"importance={name}: the score of class {lost} is NaN; return numbers, the least goes first")
+    return scores
 
 
 def curve(

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphopt.analyses.channel_groups import ChannelGroups
-from graphopt.analyses.cut import Cut
+from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group
+from graphopt.analyses.cut import Cut, places_of
 from graphopt.analyses.repair import Fit
 
 COSTS = ("macs", "params", "bytes")
+
+
+def counterparts(first: ChannelGroups, last: ChannelGroups) -> list[Group | None]:
+    """What each group of `first` is in the model that was cut; None where it is gone, or one channel, which is no group."""
+    left = {place: group for group in last.groups for place in places_of(last, group)}
+    return [next((left[p] for p in places_of(first, g) if p in left), None) for g in first.groups]
+
+
+def _cost_of_nodes(first: ChannelGroups, group: Group, last: ChannelGroups, what: str) -> float:
+    """The cost that is left of the layers whose weights have the group's channels."""
+    weights = {name for name, _, _ in group.sites}
+    nodes = {n.name for n in first.model.graph.nodes if any(t.name in weights for t in n.inputs)}
+    return CostModel(last, [term for term in last.terms(what) if not nodes.isdisjoint(term.nodes)]).total()
 
 
 def of_groups(first: ChannelGroups, last: ChannelGroups, cut: Cut, fits: Sequence[Fit]) -> dict[str, Any]:
@@ -20,20 +33,19 @@ def of_groups(first: ChannelGroups, last: ChannelGroups, cut: Cut, fits: Sequenc
     """
     before = {what: first.cost_model(what) for what in COSTS}
     after = {what: last.cost_model(what) for what in COSTS}
-    left = {group.name: group for group in last.groups}
     errors = {fit.node: fit for fit in fits}
     found = []
-    for group in first.groups:
-        now = left.get(group.name)
+    for group, now in zip(first.groups, counterparts(first, last), strict=True):
         mine = [errors[name] for name in group.consumers if name in errors]
+        lost = next((cut.removed[p] for p in places_of(first, group) if p in cut.removed), 0)
         entry: dict[str, Any] = {
             "name": group.name,
-            "channels": [group.width, now.width if now is not None else group.width - cut.removed.get(group.name, 0)],
+            "channels": [group.width, now.width if now is not None else group.width - lost],
         }
         for what in COSTS:
             entry[what] = [
                 before[what].touched(group.classes),
-                0.0 if now is None else after[what].touched(now.classes),
+                _cost_of_nodes(first, group, last, what) if now is None else after[what].touched(now.classes),
             ]
         entry["latency_seconds"] = None
         entry["error"] = {

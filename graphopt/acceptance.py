@@ -18,7 +18,7 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 
-from graphopt import building, equivalence, ir
+from graphopt import building, equivalence, int8, ir
 from graphopt.bundle import Bundle, BundleSession, Variant, sha256
 from graphopt.data import Data
 from graphopt.errors import BackendUnavailable, UnsupportedModel, UsageError, UserError
@@ -172,6 +172,8 @@ def _ran(
         pair = np.asarray(expected[first]), np.asarray(found[first])
         if pair[0].dtype.kind == "f" and pair[0].ndim >= 2 and pair[0].shape == pair[1].shape:
             classes.append((_argmax(pair[0]), _argmax(pair[1])))
+            if labels is not None:
+                int8.check_classes(labels, pair[0].shape[-1])
     checks = [
         Check(name, "loads", True, f"and runs on {count} {'batches' if data is not None else 'generated samples'}")
     ]

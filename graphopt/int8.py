@@ -175,6 +175,19 @@ def load_labels(path: Path, data: Data) -> Array:
     return np.asarray(found)
 
 
+def check_classes(labels: Array, classes: int) -> None:
+    """
+    Raises:
+        UsageError: one of `labels` is no class of a model that tells so many apart.
+    """
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise UsageError(
+            f"label {labels[wrong[0]]} of sample {wrong[0]} is no class: the model's first output has {classes}, "
+            f"0 to {classes - 1}; are these labels of another data set?"
+        )
+
+
 def sqnr(reference: Sequence[Array], other: Sequence[Array]) -> float:
     """Signal to noise of `other` in dB, over all arrays."""
     signal = sum(float(np.sum(np.square(a, dtype=np.float64))) for a in reference)
@@ -217,6 +230,8 @@ class Judge:
                 f"top1 needs a first output of [samples, classes], this model's is {list(shape)}; "
                 "leave out --labels and judge by agreement with the float model"
             )
+        if labels is not None:
+            check_classes(labels, shape[1])
 
     def outputs(self, model: Model, optimized: bool) -> Iterator[list[Any]]:
         """The outputs for each batch; `optimized`: on the kernels that ONNX Runtime would run, else as written."""

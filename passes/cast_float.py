@@ -47,6 +47,7 @@ _SENSITIVE: Final = frozenset((
 ))  # fmt: skip
 _STASHED: Final = {"LayerNormalization": 17, "RMSNormalization": 23, "GroupNormalization": 21}  # opset of stash_type
 _SUMS: Final = frozenset({"ReduceSum", "ReduceL1", "Sum"})
+_SCATTERS: Final = frozenset({"ScatterElements", "ScatterND"})
 _MOST_SUMMED: Final = 1024  # values, of which half still holds the sum to 11 bits when they are of one size
 _BOUNDED: Final = frozenset({"Clip", "Min", "Max"})  # a bound beyond half's range binds nothing in it
 _CARRIES: Final = frozenset((  # what a value beyond the range passes through
@@ -209,7 +210,10 @@ class _Run:
         units = self.units = Units(self.model, shapes, self.half, demands)
         units.solve()
         converted, left = 0, 0
-        for unit in units.nodes():
+        nodes = list(units.nodes())
+        if not nodes:
+            self.ctx.remark(None, "nothing done: no operator of the model computes in float32")
+        for unit in nodes:
             assert unit.node is not None
             if unit.choice == HALF and not self.ctx.admit():
                 unit.choice = FULL
@@ -292,6 +296,8 @@ class _Run:
             return ""
         if node.op == "Attention" and len(node.outputs) > 3 and node.outputs[3].name:
             return ""  # the scores that Attention shows may hold the lowest number of its type
+        if node.op in _SCATTERS and node.attrs.get("reduction", "none") != "none":
+            return ""  # sums of any length, and ONNX Runtime's CPU has no such kernel
         if node.op in _SUMS and self._summed(node) > _MOST_SUMMED:
             return ""
         if id(node) in self.integers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses.placement import MOVING, clip_bounds
@@ -273,7 +274,7 @@ class _Run:
         ):
             return False
         codes, scale = (np.asarray(t.values) for t in node.inputs[:2])
-        if node.attrs.get("output_dtype", 0):
+        if node.attrs.get("output_dtype", 0) not in (0, onnx.helper.np_dtype_to_tensor_dtype(scale.dtype)):
             self.ctx.remark(node, "stays quantized: another type than its scales'")
             return False
         zero = (

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import weights
-from graphopt.analyses.placement import check_patterns, operators, refusal, selects, sizes
+from graphopt.analyses.placement import WEIGHTED, check_patterns, operators, refusal, selects, sizes, tell_unreached
 from graphopt.analyses.rounding import rounded_on
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
@@ -72,6 +72,7 @@ class QuantizeDynamic(Pass):
             if not ctx.admit():
                 break
             chosen.append(node)
+        tell_unreached(model, WEIGHTED, ctx)
         better: dict[str, weights.Quantized] = {}
         if ctx.data is not None and self.rounding == "gptq":
             better = rounded_on(model, chosen, ctx.data, pair_safe=self.pair_safe, seed=ctx.seed)

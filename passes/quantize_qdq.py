@@ -27,6 +27,7 @@ from graphopt.analyses.placement import (
     refusal,
     selects,
     sizes,
+    tell_unreached,
 )
 from graphopt.analyses.quantized import forms
 from graphopt.analyses.ranges import SIGNED, UNSIGNED, Affine, Scheme, affine, find_range
@@ -203,12 +204,10 @@ class _Run:
                 chosen.append(node)
             else:
                 self.ctx.remark(node, f"stays float: {reason}")
-        root = {id(n) for n in self.model.graph.nodes}
         for node in self.model.nodes():
             if node.op in ("LSTM", "GRU", "RNN", "ConvTranspose"):
                 self.ctx.remark(node, "stays float: neither runtime has an int8 kernel for it")
-            elif node.op in WEIGHTED and id(node) not in root:
-                self.ctx.remark(node, "stays float: it runs inside the body of an If, Loop or Scan")
+        tell_unreached(self.model, WEIGHTED, self.ctx)
         return chosen
 
     def _without_single(self, chosen: list[Node]) -> list[Node]:

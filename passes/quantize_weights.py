@@ -13,7 +13,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import weights
-from graphopt.analyses.placement import check_patterns, selects
+from graphopt.analyses.placement import check_patterns, selects, tell_unreached
 from graphopt.analyses.rounding import rounded_on
 from graphopt.conversion import convert_opset
 from graphopt.edit import Editor
@@ -22,6 +22,7 @@ from graphopt.pass_base import Context, Exactness, Pass
 from graphopt.qdq import Inserter
 
 _OPSET = 13  # from which DequantizeLinear has an axis
+_WEIGHT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}  # operand
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class QuantizeWeights(Pass):
         check_patterns(self.pass_name(), self.exclude, model)
         chosen: list[Node] = []
         for node in list(model.graph.nodes):
-            index = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}.get(node.op)
+            index = _WEIGHT.get(node.op)
             if index is None or not node.is_onnx or len(node.inputs) <= index:
                 continue
             reason = "excluded" if selects(self.exclude, node) else self._refusal(node, node.inputs[index], edit)
@@ -78,6 +79,7 @@ class QuantizeWeights(Pass):
             if not ctx.admit():
                 break
             chosen.append(node)
+        tell_unreached(model, _WEIGHT.keys() - {"Gather"}, ctx)
         better: dict[str, weights.Quantized] = {}
         if ctx.data is not None and self.rounding == "gptq":
             better = rounded_on(model, chosen, ctx.data, pair_safe=False, seed=ctx.seed)

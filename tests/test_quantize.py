@@ -516,6 +516,28 @@ def test_the_search_returns_layers_to_float_until_the_drop_holds() -> None:
     assert Pipeline.parse(str(found.pipeline)) == found.pipeline
 
 
+def test_labels_that_are_no_classes_are_refused() -> None:
+    model, data = net("mobilenet")
+    for shift in (10, -10):
+        wish = int8.Wish(labels=DIGITS["y_calib"] + shift, max_drop=1.0)
+        with pytest.raises(UsageError, match="is no class: the model's first output has 10, 0 to 9"):
+            int8.search(model, CPU, Pipeline(), data, wish=wish)
+
+
+@pytest.mark.parametrize("text", ["quantize-weights", "quantize-dynamic"])
+def test_layers_in_bodies_and_functions_are_named(text: str) -> None:
+    model = ir.parse("""<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[1,4] x, bool c) => (float[1,4] y) <float[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}>
+        { h = MatMul (x, w)
+          i = If (c) <then_branch = t () => (float[1,4] p) { p = MatMul (h, w) }, else_branch = e () => (float[1,4] q) { q = Neg (h) }>
+          y = local.Product (i, w) }
+        <domain: "local", opset_import: ["" : 21]>
+        Product (a, b) => (r) { r = MatMul (a, b) }""")
+    told = [str(r) for r in run(text, model).remarks]
+    assert any("stays float: it runs inside the body of an If, Loop or Scan" in text for text in told)
+    assert any("1 layers of function 'Product' stay float; put inline-functions first" in text for text in told)
+
+
 def test_sensitivity_ranks_every_quantized_layer() -> None:
     model, data = net("resnet")
     found = int8.sensitivity(model, CPU, data, limit=32)

@@ -12,7 +12,7 @@ kernel if it has codes; TensorRT for RTX adds in a float kernel of its own, wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final
@@ -25,6 +25,7 @@ from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.errors import UsageError
 from graphopt.ir import Model, Node
+from graphopt.pass_base import Context
 
 WEIGHTED: Final = frozenset(["Conv", "Gemm", "MatMul"])
 ARITHMETIC: Final = frozenset(
@@ -372,6 +373,20 @@ def operators(model: Model) -> Iterator[Node]:
     for node in model.graph.nodes:
         if node.op in WEIGHTED and node.is_onnx:
             yield node
+
+
+def tell_unreached(model: Model, kinds: Container[str], ctx: Context) -> None:
+    """Say which layers stay float because they are in no graph that passes quantize: in bodies, and in functions."""
+    root = {id(n) for n in model.graph.nodes}
+    for node in model.nodes():
+        if node.op in kinds and node.is_onnx and id(node) not in root:
+            ctx.remark(node, "stays float: it runs inside the body of an If, Loop or Scan")
+    for function in model.functions:
+        layers = sum(n.op_type in kinds and n.domain in ("", "ai.onnx") for n in function.carried.node)
+        if layers:
+            ctx.remark(
+                None, f"{layers} layers of function {function.carried.name!r} stay float; put inline-functions first"
+            )
 
 
 def selects(patterns: Sequence[str], node: Node) -> bool:

@@ -288,7 +288,7 @@ class CallableData(Data):
         from graphopt.equivalence import check_feeds
 
         number = -1
-        for number, given in enumerate(self._make()):
+        for number, given in enumerate(self._given()):
             if limit is not None and number >= limit:
                 return
             if not isinstance(given, Mapping):
@@ -304,6 +304,23 @@ class CallableData(Data):
             raise UsageError(
                 f"{self.name} gave no samples; give a callable that can be called again, not a used-up iterator"
             )
+
+    def _given(self) -> Iterator[Any]:
+        """What the callable gives; what goes wrong in it is its author's to mend."""
+        number = 0
+        try:
+            made = self._make()
+            if not isinstance(made, Iterable):
+                raise UsageError(f"{self.name} returned {type(made).__name__}; return an iterable of feeds")
+            for given in made:
+                yield given
+                number += 1
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{self.name}, feed {number}: it raised {type(error).__name__}: {error}; mend it"
+            ) from error
 
 
 def _finite(feeds: Arrays, where: str) -> None:
@@ -379,8 +396,9 @@ def _callable(source: str, module: str, attribute: str, inputs: Sequence[TensorS
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"calibration data {source!r}: {error}") from None
+    except Exception as error:  # the module is the user's
+        told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"calibration data {source!r}: {told}; give module:callable, importable from here") from None
     if callable(found):
         return CallableData(source, found, inputs)
     if isinstance(found, Sequence) or (isinstance(found, Iterable) and not isinstance(found, Iterator)):

@@ -6,6 +6,7 @@ import math
 from typing import Any, Final
 
 from graphopt import verify
+from graphopt.analyses.inlining import inline_calls
 from graphopt.analyses.macs import macs
 from graphopt.errors import GraphoptError
 from graphopt.evaluate import evaluate_node
@@ -33,13 +34,22 @@ def summary(model: Model) -> dict[str, Any]:
         "nodes": counted.nodes,
         "operators": dict(sorted(counted.operators.items(), key=lambda item: (-item[1], item[0]))),
         "parameters": sum(math.prod(c.shape) for c in constants),
-        "macs": str(macs(model)[0]),
+        "macs": str(macs(_inlined(model))[0]),
         "weight_bytes": counted.initializer_bytes,
         "functions": [f"{f.carried.domain}.{f.carried.name}" for f in model.functions],
         "dynamic_dims": list(dims),
         "inputs": [_spec(s) for s in model.inputs],
         "outputs": [_spec(s) for s in model.outputs],
     }
+
+
+def _inlined(model: Model) -> Model:
+    """The model without functions: what they compute in depends on who calls them."""
+    if not model.functions:
+        return model
+    inlined = model.clone()
+    inline_calls(inlined, Context())
+    return inlined
 
 
 def folding(model: Model) -> dict[str, Any]:

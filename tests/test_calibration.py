@@ -94,6 +94,26 @@ def test_a_source_that_is_none_is_an_error(name: str) -> None:
         open_data(name, [X])
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("def feeds():\n    raise ValueError('boom')", "feed 0: it raised ValueError: boom"),
+        ("def feeds():\n    yield {'x': ROW}\n    raise ValueError('boom')", "feed 1: it raised ValueError: boom"),
+        ("def feeds(): return None", "returned NoneType; return an iterable of feeds"),
+        ("def feeds(path): return []", "it raised TypeError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("feeds = [", "SyntaxError"),
+    ],
+)
+def test_code_of_the_users_that_goes_wrong_is_named(body: str, told: str, tmp_path: Path, monkeypatch) -> None:
+    name = f"calib_{abs(hash(body)) % 10**8}"
+    (tmp_path / f"{name}.py").write_text(f"import numpy as np\nROW = np.zeros((1, 3), np.float32)\n{body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        list(open_data(f"{name}:feeds", [X]).feeds())
+    assert told in str(caught.value)
+
+
 def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "c.npz").write_bytes(b"no zip")
     with pytest.raises(UsageError, match=r"cannot be read as an \.npz file"):

@@ -62,6 +62,16 @@ def test_a_wrong_change_says_what_to_write(
     assert not (tmp_path / "o.onnx").exists()
 
 
+def test_inspect_counts_what_functions_multiply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21, "local" : 1]>
+        g (float[N,3] x, float[3,2] w) => (float[N,2] y) { y = local.Product (x, w) }
+        <domain: "local", opset_import: ["" : 21]>
+        Product (a, b) => (c) { c = MatMul (a, b) }"""
+    (tmp_path / "m.onnxtxt").write_text(text)
+    assert cli.run(["inspect", str(tmp_path / "m.onnxtxt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["macs"] == "6*N"
+
+
 def test_explain_names_the_pass_and_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     path = str(models.path("resnet.legacy"))
     node = next(n.name for n in ir.load(path).nodes() if n.op == "BatchNormalization")

@@ -43,6 +43,7 @@ _RANK_OF: Final = {
     "ConstantOfShape": 0,
 }  # operand whose length decides the rank
 _MOST_DIMENSIONS: Final = 1024
+_LARGEST_FACTOR: Final = 1 << 31  # of a dimension, for which the product is taken to fit
 
 
 class Shapes:
@@ -185,7 +186,7 @@ class Shapes:
         values = VALUE_RULES.get(node.op)
         if values is not None and infos and all(i.dtype is None or i.dtype.kind in "iub" for i in infos):
             for index, value in enumerate(values(call) or ()):
-                if value is not None and value.size <= MAX_VALUES:
+                if value is not None and value.size <= MAX_VALUES and _fits(value, infos[index].dtype):
                     infos[index] = Info(infos[index].dtype, tuple(value.shape), value)
         return infos
 
@@ -312,6 +313,23 @@ def _numbers(info: Info) -> np.ndarray[Any, Any] | None:
     if info.value is None or info.dtype is None or any(isinstance(v, Expr) for v in info.value.flat):
         return None
     return info.value.astype(info.dtype)
+
+
+def _fits(value: Values, dtype: np.dtype[Any] | None) -> bool:
+    """Whether the type surely holds the values, which wrap around otherwise; a product of dimensions fits 32 bits, but no multiple at will."""
+    if dtype is None or dtype.kind not in "iu":
+        return True
+    limits = np.iinfo(dtype)
+    for item in value.flat:
+        if not isinstance(item, Expr):
+            if not limits.min <= item <= limits.max:
+                return False
+            continue
+        if any(abs(coefficient) > _LARGEST_FACTOR for _, coefficient in item.terms):
+            return False
+        if dtype.kind == "u" and not symbolic.is_nonnegative(item):
+            return False
+    return True
 
 
 def _checked(info: Info) -> Info:

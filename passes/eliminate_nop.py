@@ -240,6 +240,8 @@ def _neutral(neutral: float, *, right_only: bool, floats: bool = True) -> Rule:
             if np.dtype(operand.dtype).kind == "f" and not floats:
                 continue
             values = np.asarray(operand.values)
+            if np.signbit(values).any():  # -0.0 - -0.0 is 0.0
+                continue
             if values.size and bool((values == neutral).all()) and _same_shape(node, source, shapes):
                 return source
         return None

@@ -65,6 +65,9 @@ def _objection(softmax: Node, node: Node, shapes: Shapes, edit: Editor, opset: i
     along = int(node.attrs.get("axis", 0)) % rank
     if opset < 13 and along < over:
         return "it looks for the largest across the rows that the Softmax normalizes"
+    others = [d for axis, d in enumerate(shapes.shape(between) or ()) if axis >= over and axis != along]
+    if opset < 13 and softmax.op == "Softmax" and any(d != 1 for d in others):
+        return "the Softmax normalizes over more than the row, of which all may vanish"
     if opset >= 13 and along != over:
         return "it looks for the largest across the rows that the Softmax normalizes"
     return None

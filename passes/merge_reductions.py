@@ -1,7 +1,7 @@
 """A reduction of one element, and a reduction of a reduction:
 
     reduce(x) over axes of size 1 = x, without these axes        for sums, means, products, maxima and minima, and averages of a window of one
-    reduce(reduce(x, A), B) = reduce(x, A and B)                 for these, and for L1 and L2 norms and log-sum-exp
+    reduce(reduce(x, A), B) = reduce(x, A and B)                 for these, and for L1 and L2 norms and log-sum-exp; products of integers alone
 
 A sum of one number begins with 0 in some runtimes, for which -0.0 becomes 0.0, and sums in another order round otherwise: class B.
 """
@@ -129,6 +129,8 @@ def _both(first: Node, node: Node, axes: list[int], shapes: Shapes, edit: Editor
     dtype = shapes.dtype(first.inputs[0])
     if dtype is None or (dtype.kind != "f" and node.op in _FLOATS_ALONE):
         return "integers are rounded at each of the two"
+    if node.op == "ReduceProd" and dtype.kind not in "iu":
+        return "a product may overflow or vanish in another order"
     inner, rank = _axes(first, shapes), shapes.rank(first.inputs[0])
     if not inner or not axes or rank is None:
         return f"the axes of {first.name!r} are not known, or there are none"

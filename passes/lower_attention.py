@@ -149,8 +149,11 @@ class _Parts:
             )
         else:
             k = self.add("Transpose", [k], perm=[0, 1, 3, 2])
-        scale = node.attrs.get("scale") or 1 / math.sqrt(_size(node, self.shapes))
-        scores = self.add("Mul", [self.add("MatMul", [q, k]), self.number("scale", scale)])
+        scale = self.number("scale", node.attrs.get("scale") or 1 / math.sqrt(_size(node, self.shapes)))
+        if self.dtype == np.float16:  # in which the product may overflow; TensorRT scales keys as it moves them
+            scores = self.add("MatMul", [q, self.add("Mul", [k, scale])])
+        else:
+            scores = self.add("Mul", [self.add("MatMul", [q, k]), scale])
         for mask in self.masks():
             scores = self.add("Add", [scores, mask])
         weights = self.add("Softmax", [scores], axis=-1)

@@ -514,7 +514,7 @@ def _entry(request: Request, built: _Built, folder: Path) -> dict[str, Any]:
     if "prune-channels" in built.result.facts:
         entry["pruning"] = built.result.facts["prune-channels"]
     if built.int8 is not None:
-        entry["int8"] = built.int8.as_dict()
+        entry["int8"] = built.int8.as_dict(times=request.measure)
     if built.dropped is not None:
         entry["dropped"] = [d.as_dict() for d in built.dropped]
     if request.measure and built.target.runtime == "ort":

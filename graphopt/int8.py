@@ -116,6 +116,9 @@ class Outcome:
 
     def __str__(self) -> str:
         share = f"{sum(layer.int8 for layer in self.layers)} of {len(self.layers)} layers run in int8"
+        if not any(layer.int8 for layer in self.layers):
+            told_of = next((layer for layer in self.layers if layer.why), None)
+            share += f" ({told_of.name!r}: {told_of.why})" if told_of is not None else ""
         told = "" if np.isnan(self.after) else f"{self.metric} {self.before:.2f} -> {self.after:.2f} %, "
         return (
             f"{share}; {told}outputs {min(self.sqnr, 200.0):.1f} dB ({min(self.sqnr_emulated, 200.0):.1f} as written)"
@@ -135,8 +138,11 @@ class Outcome:
         values["excluded"] = tuple(state["excluded"])
         return cls(result=result, **values)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+    def as_dict(self, times: bool = True) -> dict[str, Any]:
+        """For JSON; without `times` of kernels, which are never the same twice."""
+        layers = [layer.as_dict() for layer in self.layers]
+        for layer in () if times else layers:
+            del layer["microseconds"]
         return {
             "pipeline": str(self.pipeline),
             "metric": self.metric,
@@ -145,7 +151,7 @@ class Outcome:
             "max_drop_met": self.met,
             "sqnr_db": round(min(self.sqnr, 200.0), 2),
             "sqnr_emulated_db": round(min(self.sqnr_emulated, 200.0), 2),
-            "layers": [layer.as_dict() for layer in self.layers],
+            "layers": layers,
             "excluded": list(self.excluded),
             "notes": self.notes,
         }

@@ -14,7 +14,7 @@ import pytest
 
 import graphopt
 from graphopt import bundle as bundles
-from graphopt import ir, models
+from graphopt import cli, ir, models
 from graphopt.backend import Availability, BuildOptions
 from graphopt.discovery import backend_for
 from graphopt.errors import BackendUnavailable, InvalidModel, UsageError
@@ -36,6 +36,24 @@ def validate(folder: Path) -> Any:
     manifest = json.loads((folder / "manifest.json").read_text())
     jsonschema.Draft202012Validator(SCHEMA).validate(manifest)
     return manifest
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_manifest_of_a_pruned_int8_build_keeps_its_schema(measured: bool, tmp_path: Path) -> None:
+    """Times of kernels are in it only where times were asked for."""
+    samples = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", x=samples)
+    weights = ", ".join(str(v) for v in np.random.default_rng(1).standard_normal(256).round(3))
+    (tmp_path / "m.onnxtxt").write_text(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g (float[N,8] x) => (float[N,8] y)
+        <float[8,32] a = {{{weights}}}, float[32,8] b = {{{weights}}}> {{ h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }}"""
+    )
+    command = ["build", str(tmp_path / "m.onnxtxt"), "-o", str(tmp_path / "out"), "-t", "ort:cpu", "--prune", "0.3"]
+    command += ["--int8", "--no-gate", "--data", str(tmp_path / "calib.npz"), *["--measure"] * measured]
+    assert cli.run(command) == 0
+    (variant,) = validate(tmp_path / "out")["variants"]
+    assert variant["pruning"]["groups"]
+    assert [("microseconds" in layer) for layer in variant["int8"]["layers"]] == [measured] * 2
 
 
 def parts(schema: Any) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,8 @@ def bundle(folder: Path, environment: dict[str, str], *arguments: str, one_cpu: 
 @pytest.mark.parametrize("arguments", [
     ("-t", "ort:cpu"),
     ("-t", "ort:cpu", "--prune", "0.2", "--data", str(NETS / "digits.npz")),
-], ids=["default", "prune"])  # fmt: skip
+    ("-t", "ort:cpu", "--int8", "--no-gate", "--data", str(NETS / "digits.npz")),
+], ids=["default", "prune", "int8"])  # fmt: skip
 def test_models_for_onnx_runtime(arguments: tuple[str, ...], tmp_path: Path) -> None:
     if "--data" in arguments:
         import numpy as np

@@ -68,4 +68,8 @@ def sensitivity(
             *("-" if n is None else f"{min(n, 200):.1f}" if i < 2 else f"{n:.0f}" for i, n in enumerate(numbers)),
         )
     out.print(table)
+    listed = {one.name for one in found.layers}
+    for remark in found.remarks:  # layers in bodies, which no table of kernels has
+        if "stays float" in remark.text and not any(remark.node.startswith(repr(name)) for name in listed):
+            say(str(remark))
     write_report(report, {"target": target, "note": found.note, "layers": [one.as_dict() for one in found.layers]})

@@ -161,6 +161,8 @@ class ArrayData(Data):
         if missing and len(wanted) == 1 and list(arrays) == ["arr_0"]:  # np.savez without a name, for the one input
             arrays = {missing[0]: arrays["arr_0"]}
             missing = []
+        if not wanted:
+            raise UsageError(f"{name}: the model has no inputs, so there is nothing to give samples for")
         if missing:
             raise UsageError(
                 f"{name} lacks samples for {', '.join(map(repr, missing))}; it holds {', '.join(map(repr, arrays)) or 'nothing'}, "

@@ -633,7 +633,7 @@ def layer_sqnr(model: Model, step: Any, data: Data, ctx: Context) -> dict[str, f
         return {}
     work = calibration.effort(model, data)
     _, shares = judge(model, twins, data.head(work.samples(_LAYER_WORK, 8, _RANKED_ON), work.at_once))
-    return {name: _decibels(share) for name, share in shares.items()}
+    return {name: _decibels(share) for name, share in shares.items() if np.isfinite(share)}
 
 
 def _decibels(share: float) -> float:
@@ -669,5 +669,6 @@ def sensitivity(
     _, shares = judge(model, twins, ListData("the ranking", feeds))
     for name in twins:
         other = [a for f in feeds for a in switches.run(f, (name,)).values() if a.dtype.kind == "f"]
-        found.append(Sensitivity(name, ops[name], sqnr(reference, other), _decibels(shares[name])))
+        own = _decibels(shares[name]) if np.isfinite(shares[name]) else None  # of values too large to square
+        found.append(Sensitivity(name, ops[name], sqnr(reference, other), own))
     return sorted(found, key=lambda s: s.sqnr)

@@ -247,7 +247,14 @@ class PruneChannels(Pass):
     def _curves(self, groups: ChannelGroups, feeds: Feeds, ctx: Context) -> tuple[list[Curve], list[Array]]:
         """How each family shrinks, and with what damage after each step."""
         free = {id(g) for g in self._free(groups)}
-        readers = sites(groups, feeds, ctx.evaluate, ctx.seed)
+        with np.errstate(over="ignore", invalid="ignore"):
+            readers = sites(groups, feeds, ctx.evaluate, ctx.seed)
+        for site in readers:
+            if not (np.isfinite(site.weight).all() and np.isfinite(site.gram).all()):
+                where = f"node {site.contraction.node.name!r} ({site.contraction.node.op})"
+                raise UserError(
+                    f"prune-channels: {where} reads or holds NaN, infinity or numbers too large to square; check samples and weights"
+                )
         most = {g: g.width - max(1, math.ceil(g.width * self.keep)) if id(g) in free else 0 for g in groups.groups}
         curves = []
         found, order = families(groups), selector(self.importance)
@@ -526,6 +533,12 @@ class _Judge:
     def __init__(self, original: Model, feeds: Feeds) -> None:
         self.feeds = feeds
         self.reference = allocation.outputs(original, feeds)
+        for outputs in self.reference:
+            for name, array in outputs.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise UserError(
+                        f"prune-channels: output {name!r} of the model is NaN or infinite on the samples; check samples and weights"
+                    )
 
     def distance(self, model: Model) -> float:
         """Mean squared error of the outputs, relative to their variance."""

@@ -481,6 +481,16 @@ def test_more_than_can_be_removed_is_an_error_and_leaves_the_model_alone() -> No
     assert model.fingerprint() == before
 
 
+@pytest.mark.parametrize(
+    ("text", "factor", "told"),
+    [("{1, 0.5", 1e30, "too large to square"), ("{nan, 0.5", 1, "output 'y' of the model is NaN")],
+)
+def test_numbers_that_nothing_can_be_learnt_from_are_an_error(text: str, factor: float, told: str) -> None:
+    model = ir.parse(CHAIN.replace("a = {1, 0.5", f"a = {text}"))
+    with pytest.raises(UserError, match=told):
+        prune(model, "{ratio=0.5,align=1}", np.float32(factor) * noise(8, 2, 4, 4))
+
+
 def test_samples_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="shape"):
         prune(ir.parse(CHAIN), "{ratio=0.5}", noise(8, 3, 4, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import shutil
 import subprocess
 import sys
@@ -536,6 +537,17 @@ def test_layers_in_bodies_and_functions_are_named(text: str) -> None:
     told = [str(r) for r in run(text, model).remarks]
     assert any("stays float: it runs inside the body of an If, Loop or Scan" in text for text in told)
     assert any("1 layers of function 'Product' stay float; put inline-functions first" in text for text in told)
+
+
+@pytest.mark.filterwarnings("error")
+def test_operands_too_large_to_square_get_the_nearest_codes(tmp_path) -> None:
+    model = ir.parse("""<ir_version: 8, opset_import: ["" : 17]> g (float[N,2] x) => (float[N,2] y)
+        <float[2,2] a = {1e30, 2e30, -1e30, 3e30}, float[2,2] b = {1, 2, 3, -4}>
+        { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }""")
+    data = open_data({"x": RNG.standard_normal((16, 2)).astype(np.float32)}, model.inputs)
+    found = int8.search(model, CPU, Pipeline(), data, wish=int8.Wish(gate=False))
+    assert "NaN" not in json.dumps(found.as_dict())
+    assert sum(layer.int8 for layer in found.layers) == 2
 
 
 def test_sensitivity_ranks_every_quantized_layer() -> None:

@@ -269,8 +269,9 @@ class Moments:
         self.x += x.sum(1, dtype=np.float64)
         self.z += z.sum(1, dtype=np.float64)
         transposed = x.transpose(0, 2, 1)
-        self.xx += transposed @ x
-        self.zx += z.transpose(0, 2, 1) @ x
+        with np.errstate(over="ignore", invalid="ignore"):  # told where the moments are used
+            self.xx += transposed @ x
+            self.zx += z.transpose(0, 2, 1) @ x
         self.zz += np.square(z, dtype=np.float64).sum(1)
 
     def __add__(self, other: Moments) -> Moments:

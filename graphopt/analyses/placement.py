@@ -95,7 +95,8 @@ def refusal(node: Node, edit: Editor, shapes: Shapes, opset: int) -> str | None:
     if weight is None or not edit.is_fixed(weight):
         return "its weight is not constant"
     if weight.dtype != np.float32:
-        return f"its weight {weight.name!r} is {weight.dtype}, int8 is for float32 models; quantize before converting to half"
+        advice = "; quantize before converting to half" if weight.dtype.itemsize == 2 else ""
+        return f"its weight {weight.name!r} is {weight.dtype}, int8 is for float32 models{advice}"
     known = shapes.dtype(data)
     if known is not None and known != np.float32:
         return f"its input {data.name!r} is {known}"

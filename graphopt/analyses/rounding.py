@@ -63,6 +63,8 @@ def rounded(
             layer, one, seen = fits[name], quantized[name], moments.pop(name)
             if seen.count:
                 gram = seen.centred(name in centred)[2]
+                if not np.isfinite(gram).all():  # operands too large to square: nearest codes
+                    continue
                 safe = pair_safe and not weights.is_depthwise(layer.node, one.codes.shape)
                 found[name] = _better(layer, one, gram, safe)
     return {**quantized, **found}

@@ -113,7 +113,11 @@ class _Lowering:
         if self.ctx.admit():
             if id(source) not in self.parts:
                 self.parts[id(source)] = self.split(source, axis, sizes, node.outputs[0])
-            self.replace(node, self.parts[id(source)][place])
+            parts, result = self.parts[id(source)], node.outputs[0]
+            renamed = self.edit.is_output(result) and self.edit.can_replace(result, parts[place])
+            self.replace(node, parts[place])
+            if renamed:
+                parts[place] = result
         return None
 
     def length(self, node: Node, source: Node) -> str | None:
@@ -157,6 +161,8 @@ class _Lowering:
             return "the sizes of the parts are not known"
         if given.ndim == 1:
             return [int(v) for v in given]
+        if source.attrs.get("keepdims", 1) == 0:
+            return "the standard ignores keepdims where a size is given, ONNX Runtime does not"
         shape = self.shapes.shape(source.inputs[0])
         extent = None if shape is None else shape[axis % len(shape)]
         if not isinstance(extent, int) or int(given) < 1:

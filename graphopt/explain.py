@@ -128,5 +128,8 @@ def _find(model: Model, name: str) -> Node:
     for node in model.nodes():
         if node.name == name or any(t.name == name for t in node.outputs):
             return node
+    given = {s.name: "an input" for s in model.inputs} | {c.name: "a constant" for c in model.constants()}
+    if name in given:
+        raise UsageError(f"{name!r} is {given[name]} of the model: name a node, or a tensor that one computes")
     known = [n.name for n in model.nodes() if n.name] + [t.name for n in model.nodes() for t in n.outputs]
     raise UsageError(f"the model has no node or computed tensor {name!r}{nearest(name, known)}")

@@ -88,6 +88,14 @@ class QuantizeQdq(Pass):
     )
     samples: int | None = None  # calibration samples to use; none: all
 
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; give the share of the values inside the range, as 0.9999")
+        for name in ("samples", "min_channels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', '-')} is {value}; give 1 at least")
+
     def run(self, model: Model, ctx: Context) -> int:
         """Plan, calibrate, insert; returns the number of weighted operators that became int8."""
         if ctx.target is not None:
@@ -205,7 +213,7 @@ class _Run:
             else:
                 self.ctx.remark(node, f"stays float: {reason}")
         for node in self.model.nodes():
-            if node.op in ("LSTM", "GRU", "RNN", "ConvTranspose"):
+            if node.op == "ConvTranspose":
                 self.ctx.remark(node, "stays float: neither runtime has an int8 kernel for it")
         tell_unreached(self.model, WEIGHTED, self.ctx)
         return chosen

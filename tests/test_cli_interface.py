@@ -79,6 +79,15 @@ def test_explain_names_the_pass_and_its_reason(capsys: pytest.CaptureFixture[str
     assert "fuse-conv-bn" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "kind"), [("x", "an input"), ("c", "a constant"), ("nowhere", "no node")])
+def test_explain_of_what_no_node_computes(
+    name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.onnxtxt").write_text("g (float[2] x) => (float[2] y) <float c = {1}> { y = Add (x, c) }")
+    assert cli.run(["explain", str(tmp_path / "m.onnxtxt"), name]) == 2
+    assert kind in capsys.readouterr().err
+
+
 def test_explain_of_a_node_that_went_says_where_it_went_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

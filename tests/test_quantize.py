@@ -401,6 +401,12 @@ def test_a_pattern_that_means_nothing_is_an_error() -> None:
         run("quantize-qdq{exclude='/head/*'}", model, data=data)
 
 
+@pytest.mark.parametrize("options", ["samples=0", "samples=-3", "min-channels=0", "share=2", "share=0"])
+def test_options_outside_their_range_are_refused(options: str) -> None:
+    with pytest.raises(UsageError, match=f"quantize-qdq: {options.partition('=')[0]} is "):
+        Pipeline.parse(f"quantize-qdq{{{options}}}")
+
+
 def test_more_samples_than_there_are_is_an_error() -> None:
     model, data = chain()
     with pytest.raises(UsageError, match="100 samples asked for"):

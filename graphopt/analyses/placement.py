@@ -377,11 +377,13 @@ def operators(model: Model) -> Iterator[Node]:
 
 
 def tell_unreached(model: Model, kinds: Container[str], ctx: Context) -> None:
-    """Say which layers stay float because they are in no graph that passes quantize: in bodies, and in functions."""
+    """Say which layers stay float because they are in no graph that passes quantize, in bodies and in functions, or recurrent."""
     root = {id(n) for n in model.graph.nodes}
     for node in model.nodes():
         if node.op in kinds and node.is_onnx and id(node) not in root:
             ctx.remark(node, "stays float: it runs inside the body of an If, Loop or Scan")
+        elif node.op in ("LSTM", "GRU", "RNN") and node.is_onnx:
+            ctx.remark(node, "stays float: weights of recurrent layers get no codes")
     for function in model.functions:
         layers = sum(n.op_type in kinds and n.domain in ("", "ai.onnx") for n in function.carried.node)
         if layers:

@@ -53,6 +53,8 @@ def sensitivity(
         found = examine(optimized, chosen, source, seed=seed, limit=samples)
     if found.note:
         say(found.note)
+    if source.count is not None and source.count < samples:
+        say(f"{source.name} holds {source.count} samples, fewer than the {samples} that were to judge")
 
     def told(kernel: str) -> str:  # TensorRT's kernels are called after the layers, at length
         return f": {kernel}" if chosen.runtime == "ort" else ""

@@ -263,6 +263,14 @@ class _Run:
         self.statistics = data.memo.setdefault((self.model.fingerprint(), limit), {})
         names = [c.tensor.name for c in plan.codes if c.tensor.name not in self.statistics]
         self.statistics.update(calibration.calibrate(self.model, names, data, limit=limit))
+        for codes in plan.codes:
+            seen = self.statistics[codes.tensor.name]
+            if seen.seen and seen.low == seen.high:
+                self.ctx.remark(
+                    codes.readers[0] if codes.readers else None,
+                    f"{codes.tensor.name!r} is {seen.low:g} throughout all samples, and its codes reach no further; "
+                    "give samples in which it varies",
+                )
         return []
 
     def _unknown(self, plan: Plan) -> list[Codes]:

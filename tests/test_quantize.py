@@ -196,6 +196,15 @@ def test_dead_channels_and_large_biases_get_a_scale_that_works() -> None:
     np.testing.assert_allclose(y[0, :, 0, 0], [5, 100], atol=0.5 * 100 / 255)
 
 
+@pytest.mark.parametrize(("value", "told"), [(0.0, True), (2.5, True), (None, False)])
+def test_samples_that_do_not_vary_are_told(value: float | None, told: bool) -> None:
+    model, _ = chain()
+    x = RNG.standard_normal((4, 8, 6, 6)).astype(np.float32) if value is None else np.full((4, 8, 6, 6), value, "f")
+    result = run("quantize-qdq", model, data=open_data({"x": x}, model.inputs))
+    remarks = [str(r) for r in result.remarks if "throughout all samples" in str(r)]
+    assert any(f"'x' is {value or 0:g} throughout" in r for r in remarks) == told
+
+
 # --------------------------------------------------------------------------------------------------------- placement
 
 

@@ -83,15 +83,10 @@ class FuseConvBatchNorm(RewritePass):
         if len(w.shape) < 3:
             return f"weight {w.name!r} has {len(w.shape)} dimensions, a convolution's has 3 at least"
         channels = _out_channels(conv, w)
-        for name in ("scale", "bias", "mean", "var"):
+        biased = ("b",) if match.has("b") else ()  # some exports give it two dimensions, which no runtime takes
+        for name in ("scale", "bias", "mean", "var", *biased):
             if tuple(match[name].shape) != (channels,):
                 return f"{name} {match[name].name!r} has shape {list(match[name].shape)}, the convolution has {channels} channels"
-        if match.has("b") and tuple(match["b"].shape) != (
-            channels,
-        ):  # no runtime takes the [channels, 2] of some exports
-            return (
-                f"bias {match['b'].name!r} has shape {list(match['b'].shape)}, the convolution has {channels} channels"
-            )
         if not self.squeezed and int(conv.attrs.get("group", 1)) == channels > 1 and _averaged(bn.outputs[0]):
             return "TensorRT for RTX takes the mean behind this depthwise convolution in a kernel of its own once it is folded"
         folded = _folded(match)

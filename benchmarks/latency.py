@@ -344,8 +344,8 @@ def kernels(rounds: int, seed: int) -> Table:
 
 def _one_kernel(path: Path, nodes: Sequence[onnx.NodeProto], width: int, rng: np.random.Generator) -> Path:
     constants: Arrays = {name: rng.standard_normal(width).astype(np.float32) for name in ("c", "g", "b")}
-    constants |= {"root": np.float32(math.sqrt(2)), "one": np.float32(1), "half": np.float32(0.5)}  # type: ignore[dict-item]
-    constants |= {"zero": np.float32(0), "three": np.float32(3), "six": np.float32(6)}  # type: ignore[dict-item]
+    numbers = {"root": math.sqrt(2), "one": 1, "half": 0.5, "zero": 0, "three": 3, "six": 6}
+    constants |= {name: np.array(value, np.float32) for name, value in numbers.items()}
     constants |= {f"axis {axis}": np.array([axis]) for axis in (1, 2)}
     square = {name: rng.standard_normal((width, width)).astype(np.float32) for name in ("w", "v", "u")}
     constants |= square | {"wide": np.concatenate([*square.values()], axis=1), "parts": np.array([width] * 3)}

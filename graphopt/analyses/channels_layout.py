@@ -177,21 +177,20 @@ def _match(
 
 def _merged(call: Call, labels: Sequence[Axis], sizes: Sequence[int]) -> Axis:
     """The atoms along axes that become one: those of the axis that carries channels, each a run or a comb."""
-    tracked = [i for i, axis in enumerate(labels) if axis is not None]
+    tracked = {i: axis for i, axis in enumerate(labels) if axis is not None}
     if not tracked:
         return None
     if math.prod(sizes) > _MOST_ATOMS:
-        for i in tracked:
-            call.pin(labels[i], "merges it into an axis that is too long to follow")
+        for atoms in tracked.values():
+            call.pin(atoms, "merges it into an axis that is too long to follow")
         return None
-    free = [i for i in tracked if not call.groups.is_pinned(labels[i])]  # type: ignore[arg-type]
-    own = [i for i in free if labels[i][0] not in call.groups.copies]  # type: ignore[index]  # shared keys: not their repeats
-    carrier = (own or free or tracked)[-1]
-    for i in tracked:
+    free = [i for i, atoms in tracked.items() if not call.groups.is_pinned(atoms)]
+    own = [i for i in free if tracked[i][0] not in call.groups.copies]  # of keys that heads share, not their repeats
+    carrier = (own or free or list(tracked))[-1]
+    for i, atoms in tracked.items():
         if i != carrier:
-            call.pin(labels[i], "merges it with another axis of channels")
-    atoms = labels[carrier]
-    assert atoms is not None
+            call.pin(atoms, "merges it with another axis of channels")
+    atoms = tracked[carrier]
     shape = [1] * len(sizes)
     shape[carrier] = sizes[carrier]
     return np.broadcast_to(atoms.reshape(shape), sizes).reshape(-1)

@@ -8,12 +8,15 @@ numbered in order of appearance, which makes questions equal that differ in name
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnx
 
 from graphopt.ir import Constant, Node, numpy_dtype, onnx_dtype
+
+_LOG = logging.getLogger(__name__)
 
 _KEPT: Final = 2048  # answers
 _MOST_BYTES: Final = 8192  # of a constant whose content onnx may want to see
@@ -86,18 +89,22 @@ def infer(question: Question) -> tuple[Result | None, ...] | None:
     outputs = [f"o{index}" if asked else "" for index, asked in enumerate(question.outputs)]
     inputs = ["" if operand is None else f"i{index}" for index, operand in enumerate(question.operands)]
     given = [(name, operand) for name, operand in zip(inputs, question.operands, strict=True) if operand is not None]
+    node = onnx.NodeProto(op_type=question.op, name="node", input=inputs, output=outputs)
     try:
-        node = onnx.NodeProto(op_type=question.op, name="node", input=inputs, output=outputs)
         node.attribute.extend(map(_attribute_proto, question.attributes))
+    except (TypeError, ValueError):  # an empty list of no declared type
+        return None
+    types = {name: _type(operand) for name, operand in given}
+    values = {name: _tensor(operand) for name, operand in given if operand.data is not None}
+    imports = [onnx.helper.make_opsetid(*each) for each in question.imports]
+    try:
         found = onnx.shape_inference.infer_node_outputs(
-            schema,
-            node,
-            {name: _type(operand) for name, operand in given},
-            {name: _tensor(operand) for name, operand in given if operand.data is not None},
-            opset_imports=[onnx.helper.make_opsetid(*each) for each in question.imports],
-            ir_version=question.ir_version,
+            schema, node, types, values, opset_imports=imports, ir_version=question.ir_version
         )
-    except Exception:  # onnx raises InferenceError, RuntimeError, TypeError and more: all mean "cannot tell"
+    except (
+        Exception
+    ) as error:  # onnx raises InferenceError, an Exception, and whatever its C++ does: all mean "cannot tell"
+        _LOG.debug("onnx infers nothing for %s: %s", question.op, error)
         return None
     return tuple(_result(found.get(name)) if name else None for name in outputs)
 

@@ -7,7 +7,8 @@ schemas tell. What they cannot tell (`_MEANING`) is listed, and what moved betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ import onnx
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
+from graphopt.pass_base import Context, Pass
 
 _OLDEST: Final = 11  # below it too many operators differ to be worth a rule
 _MEANING: Final = {  # opset from which an operator of the same form means something else
@@ -139,3 +141,40 @@ def _move_axes(node: Node, edit: Editor) -> None:
     axes = node.attrs.pop("axes", None)
     if axes is not None:
         node.inputs.append(edit.constant(f"{node.name}_axes", np.asarray(axes, np.int64)))
+
+
+@dataclass(frozen=True)
+class NewerOperator(Pass):
+    """A pass that writes an operator of a certain opset, to which it raises an older model where that is allowed."""
+
+    operator: ClassVar[str]
+    since: ClassVar[int]
+
+    raise_opset: bool | None = None  # whether an older model is raised; none: where a target is known
+
+    def match(self, node: Node, shapes: Shapes, edit: Editor) -> Callable[[], None] | str | None:
+        """What writes the operator around `node`, or why it cannot be written; None where nothing suggests it."""
+        raise NotImplementedError
+
+    def run(self, model: Model, ctx: Context) -> int:
+        """One sweep; returns the number of operators written."""
+        shapes, edit = ctx.analysis(Shapes, model), Editor(model)
+        hindered = obstacle(model, self.since, shapes, ctx.may_raise(self.since, self.raise_opset))
+        written = 0
+        for node in list(model.nodes()):
+            found = self.match(node, shapes, edit)
+            if found is None:
+                continue
+            reason = found if isinstance(found, str) else hindered
+            if reason is not None:
+                ctx.remark(node, f"no {self.operator}: {reason}")
+                continue
+            if not ctx.admit():
+                break
+            assert not isinstance(found, str)
+            found()
+            written += 1
+        edit.commit()
+        if written:
+            raise_opset(model, self.since, edit)
+        return written

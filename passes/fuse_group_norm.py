@@ -6,25 +6,24 @@ ONNX Runtime on the CPU takes the operator apart into more nodes than these, so 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt import opset
 from graphopt.analyses.idioms import by_channel, closed
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.views import Array
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
-from graphopt.pass_base import TENSORRT, Context, Exactness, Pass
-
-_SINCE = 21
+from graphopt.opset import NewerOperator
+from graphopt.pass_base import TENSORRT, Context, Exactness
 
 
 @dataclass(frozen=True)
-class FuseGroupNorm(Pass):
+class FuseGroupNorm(NewerOperator):
     """Normalize groups of channels by one operator.
 
     Before:
@@ -44,35 +43,22 @@ class FuseGroupNorm(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     serves: ClassVar[tuple[str, ...]] = TENSORRT
+    operator: ClassVar[str] = "GroupNormalization"
+    since: ClassVar[int] = 21
     ops: ClassVar[frozenset[str] | None] = frozenset({"InstanceNormalization"})
 
     apply: bool | None = None  # whether to run; none: for the targets that it serves
-    raise_opset: bool | None = None  # whether an older model is raised to opset 21; none: where a target is known
 
     def run(self, model: Model, ctx: Context) -> int:
         """One sweep; returns the number of normalizations fused."""
-        if not ctx.serves(self.serves, self.apply):
-            return 0
-        shapes, edit = ctx.analysis(Shapes, model), Editor(model)
-        obstacle = opset.obstacle(model, _SINCE, shapes, ctx.may_raise(_SINCE, self.raise_opset))
-        fused = 0
-        for node in list(model.nodes()):
-            if node.op != "InstanceNormalization" or not node.is_onnx:
-                continue
-            found = _match(node, shapes, edit)
-            reason = found if isinstance(found, str) else obstacle
-            if reason is not None:
-                ctx.remark(node, f"no GroupNormalization: {reason}")
-                continue
-            if not ctx.admit():
-                break
-            assert not isinstance(found, str)
-            _write(node, found, edit)
-            fused += 1
-        edit.commit()
-        if fused:
-            opset.raise_opset(model, _SINCE, edit)
-        return fused
+        return super().run(model, ctx) if ctx.serves(self.serves, self.apply) else 0
+
+    def match(self, node: Node, shapes: Shapes, edit: Editor) -> Callable[[], None] | str | None:
+        """The group normalization around an InstanceNormalization."""
+        if node.op != "InstanceNormalization" or not node.is_onnx:
+            return None
+        found = _match(node, shapes, edit)
+        return found if isinstance(found, str) else lambda: _write(node, found, edit)
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,23 @@ older model is raised to 17 where all its nodes mean the same there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt import opset
 from graphopt.analyses.idioms import Norm, normalization, trailing
 from graphopt.analyses.shapes import Shapes
 from graphopt.edit import Editor
-from graphopt.ir import Model, Node
-from graphopt.pass_base import Context, Exactness, Pass
-
-_SINCE = 17
+from graphopt.ir import Node
+from graphopt.opset import NewerOperator
+from graphopt.pass_base import Exactness
 
 
 @dataclass(frozen=True)
-class FuseLayerNorm(Pass):
+class FuseLayerNorm(NewerOperator):
     """Normalize over the last axes by one operator.
 
     Before:
@@ -46,32 +45,16 @@ class FuseLayerNorm(Pass):
 
     exactness: ClassVar[Exactness] = Exactness.REASSOCIATING
     ops: ClassVar[frozenset[str] | None] = frozenset({"ReduceMean"})
+    operator: ClassVar[str] = "LayerNormalization"
+    since: ClassVar[int] = 17
 
-    raise_opset: bool | None = None  # whether an older model is raised to opset 17; none: where a target is known
-
-    def run(self, model: Model, ctx: Context) -> int:
-        """One sweep; returns the number of normalizations fused."""
-        shapes, edit = ctx.analysis(Shapes, model), Editor(model)
-        obstacle = opset.obstacle(model, _SINCE, shapes, ctx.may_raise(_SINCE, self.raise_opset))
-        fused = 0
-        for node in list(model.nodes()):
-            found = normalization(node, edit)
-            if found is None or not found.centred:
-                continue
-            written = _operands(found, shapes, edit)
-            reason = written if isinstance(written, str) else obstacle
-            if reason is not None:
-                ctx.remark(node, f"no LayerNormalization: {reason}")
-                continue
-            if not ctx.admit():
-                break
-            assert not isinstance(written, str)
-            _write(found, written, edit)
-            fused += 1
-        edit.commit()
-        if fused:
-            opset.raise_opset(model, _SINCE, edit)
-        return fused
+    def match(self, node: Node, shapes: Shapes, edit: Editor) -> Callable[[], None] | str | None:
+        """The normalization around the mean that it begins with."""
+        found = normalization(node, edit)
+        if found is None or not found.centred:
+            return None
+        operands = _operands(found, shapes, edit)
+        return operands if isinstance(operands, str) else lambda: _write(found, operands, edit)
 
 
 def _operands(found: Norm, shapes: Shapes, edit: Editor) -> tuple[gs.Tensor, gs.Tensor | None] | str:

@@ -57,6 +57,7 @@ from benchmarks.int8_text import WordPiece, batches, embed, pairs, spearman
 from graphopt import ir, models
 from graphopt.coverage import INTEGER, onnxruntime_coverage
 from graphopt.data import ListData, open_data
+from graphopt.errors import UsageError
 from graphopt.evaluate import evaluate_node
 from graphopt.int8 import Judge, search, sqnr
 from graphopt.pass_base import Context
@@ -515,7 +516,11 @@ def main(
 ) -> None:
     logging.disable(logging.WARNING)
     folder = data_folder(data) if data is not None else None
-    avx2 = avx2 and shutil.which(EMULATED_CPU[0]) is not None
+    if avx2 and shutil.which(EMULATED_CPU[0]) is None:
+        raise UsageError(f"--avx2 runs the kernels under {EMULATED_CPU[0]}, which is not here: install qemu-user")
+    if rtx and importlib.util.find_spec("tensorrt_rtx") is None:
+        sys.stderr.write('engines are left out: pip install "graphopt[rtx]"\n')
+        rtx = False
     first = Table(
         "Int8 on ONNX Runtime's CPU provider",
         [
@@ -590,12 +595,14 @@ def main(
                 if wanted:
                     sentences(ir.load(found), scores, words, fourth, rounds, seed)
     digits = models.digits()
-    for name in ("resnet", "mobilenet", "concat", "vit") if rtx and importlib.util.find_spec("tensorrt_rtx") else ():
+    for name in ("resnet", "mobilenet", "concat", "vit") if rtx else ():
         if only not in f"digits {name} engines":
             continue
         with progress.network(f"digits {name} engines") as wanted:
             if wanted:
                 engines(f"digits {name}", ir.load(ROOT / "models" / f"{name}.legacy.onnx"), digits["x_calib"], fifth)
+    if not any(t.rows for t in tables):
+        raise UsageError(f"no network's name holds {only!r}")
     publish(*(t for t in tables if t.rows), markdown=markdown, json_file=json_file)
 
 

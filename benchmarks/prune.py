@@ -4,7 +4,7 @@
     python -m benchmarks.prune --data FOLDER                      # and CIFAR ResNets, 1,000 samples without labels
     python -m benchmarks.prune --data FOLDER --python PEERS --resume prune.json --figure docs/prune.svg --markdown prune.md
 
-Every row removes the same share of parameters (digits) or multiply-accumulates (CIFAR) three times: in the order of the L2 norms of the
+Every row removes the same share of parameters (digits), multiply-accumulates or time (CIFAR) three times: in the order of the L2 norms of the
 weights and as they come, in our order and as they come, and in our order with the layers behind the cuts fitted to the original
 on samples without labels. Labels are read to judge the result, never to make it. CIFAR's rows at 1.7x may lose residual blocks, too
 (`drop_blocks`). With ``--python`` (or GRAPHOPT_PEERS_PYTHON) the peers do the same in processes of their own. Latency is that of ONNX
@@ -55,11 +55,31 @@ Array = NDArray[Any]
 _DIGITS: Final = ("resnet", "mobilenet", "concat", "vit")
 _CIFAR: Final = ("resnet20", "resnet56")
 _WAYS: Final = {"norms": "importance=l2,repair=false", "plain": "repair=false", "repaired": ""}
-_CIFAR_LEVELS: Final = ((1 - 1 / 1.3, ""), (1 - 1 / 1.7, "drop_blocks=true"))
 
 Nets = Annotated[str, typer.Option("--nets", metavar="GLOB", help="As 'digits-*', 'cifar-resnet56'.")]
 Levels = Annotated[str | None, typer.Option("--levels", metavar="A,B", help="Shares to remove; default per net.")]
 Figure = Annotated[Path | None, typer.Option("--figure", metavar="FILE.svg", help="Accuracy against what is left.")]
+
+
+@dataclass(frozen=True)
+class Level:
+    """How much goes, and of what."""
+
+    share: float  # to remove
+    of: str  # macs, params or latency
+    options: str = ""  # of prune-channels
+
+    def __str__(self) -> str:
+        return f"{self.share:.0%} {_TOLD[self.of]}"
+
+
+_TOLD: Final = {"params": "parameters", "macs": "MACs", "latency": "time"}
+_DIGITS_LEVELS: Final = (Level(0.3, "params"), Level(0.5, "params"))
+_CIFAR_LEVELS: Final = (
+    Level(1 - 1 / 1.3, "macs"),
+    Level(1 - 1 / 1.7, "macs", "drop_blocks=true"),
+    Level(0.4, "latency"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,7 @@ class Net:
     samples: Array
     x_test: Array
     y_test: Array
-    target: str  # what `levels` are shares of
-    levels: tuple[tuple[float, str], ...]  # shares to remove, each with options
+    levels: tuple[Level, ...]
 
 
 def nets(pattern: str, data: Path | None) -> Iterator[Net]:
@@ -87,8 +106,7 @@ def nets(pattern: str, data: Path | None) -> Iterator[Net]:
                 digits["x_calib"],
                 digits["x_test"],
                 digits["y_test"],
-                "params",
-                ((0.3, ""), (0.5, "")),
+                _DIGITS_LEVELS,
             )
     wanted = [name for name in _CIFAR if fnmatch.fnmatchcase(f"cifar-{name}", pattern)]
     if not wanted:
@@ -100,7 +118,7 @@ def nets(pattern: str, data: Path | None) -> Iterator[Net]:
         samples, x_test, y_test = _cifar(arrays["x_train"][:1000]), _cifar(arrays["x_test"]), arrays["y_test"]
     for name in wanted:
         model = ir.load(folder / f"{name}_cifar10.onnx")
-        yield Net(f"cifar-{name}", model, samples, x_test, y_test, "macs", _CIFAR_LEVELS)
+        yield Net(f"cifar-{name}", model, samples, x_test, y_test, _CIFAR_LEVELS)
 
 
 def _cifar(images: Array) -> Array:
@@ -161,14 +179,15 @@ class Progress:
 
 
 def ours(
-    net: Net, original: Model, samples: Data, level: tuple[float, str], options: str, rounds: int, seed: int
+    net: Net, original: Model, samples: Data, level: Level, options: str, rounds: int, seed: int
 ) -> dict[str, Any]:
     """A row of our own."""
-    share, own = level
+    left = level.of == "latency"  # whose ratio is the share that is left
+    goal = f"ratio={1 - level.share if left else level.share!r},target={level.of}"
     cells: dict[str, Any] = {}
     pruned = original
     for way, extra in _WAYS.items():
-        chosen = ",".join(filter(None, (f"ratio={share!r}", f"target={net.target}", extra, own, options)))
+        chosen = ",".join(filter(None, (goal, extra, level.options, options)))
         began = time.perf_counter()
         context = Context(evaluate=evaluate_node, data=samples, seed=seed, clock=seconds)
         pruned = Pipeline.parse(f"prune-channels{{{chosen}}}").run(original, context).model
@@ -179,7 +198,7 @@ def ours(
     del cells["norms_seconds"]
     return {
         "net": net.name,
-        "share": _told(net, share),
+        "share": str(level),
         "macs": after[0] / before[0],
         "params": after[1] / before[1],
         "original": judged,
@@ -191,19 +210,15 @@ def ours(
     }
 
 
-def theirs(net: Net, original: Model, share: float, peer: str, python: str) -> dict[str, Any]:
+def theirs(net: Net, original: Model, level: Level, peer: str, python: str) -> dict[str, Any]:
     """A row of a peer."""
     what = {original.inputs[0].name: net.samples}
-    pruned, failure = prune_peers.prune(peer, original, what, net.target, 1 - share, python)
-    cells = {"net": net.name, "share": _told(net, share), "peer": peer}
+    pruned, failure = prune_peers.prune(peer, original, what, level.of, 1 - level.share, python)
+    cells = {"net": net.name, "share": str(level), "peer": peer}
     if pruned is None:
         return {**cells, "failure": failure}
     before, after = costs(original), costs(pruned)
     return {**cells, "macs": after[0] / before[0], "params": after[1] / before[1], "top1": top1(pruned, net)}
-
-
-def _told(net: Net, share: float) -> str:
-    return f"{share:.0%} {'parameters' if net.target == 'params' else 'MACs'}"
 
 
 def main(
@@ -233,7 +248,7 @@ def main(
             *(Column("repaired", "repaired", ".2f"), Column("drop", "drop", ".2f")),
             *(Column("one", "latency x", ".2f"), Column("eight", "of 8 x", ".2f"), Column("seconds", "s", ".0f")),
         ],
-        "Removed: share of parameters (digits) or multiply-accumulates (CIFAR). MACs, params and latency (of one sample, and of "
+        "Removed: share of parameters, of multiply-accumulates, or of the time of one sample. MACs, params and latency (of one sample, and of "
         "eight) are those of the repaired model over the original's; s is what pruning and repairing it took.",
     )
     peers = Table(
@@ -254,14 +269,13 @@ def main(
     for net in nets(nets_, data):
         original = Pipeline.parse("O2").run(net.model, Context(evaluate=evaluate_node)).model
         samples = open_data({original.inputs[0].name: net.samples}, original.inputs)
-        chosen = net.levels if levels is None else tuple((share, "") for share in _shares(levels))
+        chosen = net.levels if levels is None else [Level(share, net.levels[0].of) for share in _shares(levels)]
         for level in chosen:
-            share, own = level
-            key = f"{net.name} {share:.4f} {own} {options} {seed}"
+            key = f"{net.name} {level.share:.4f} {level.of} {level.options} {options} {seed}"
             table.add(**progress.row(key, lambda: ours(net, original, samples, level, options, rounds, seed)))  # noqa: B023
-            for peer in prune_peers.PEERS if interpreter else ():
-                key = f"{net.name} {share:.4f} {peer}"
-                peers.add(**progress.row(key, lambda: theirs(net, original, share, peer, str(interpreter))))  # noqa: B023
+            for peer in prune_peers.PEERS if interpreter and level.of != "latency" else ():
+                key = f"{net.name} {level.share:.4f} {peer}"
+                peers.add(**progress.row(key, lambda: theirs(net, original, level, peer, str(interpreter))))  # noqa: B023
     if not table.rows:
         raise UsageError(f"no net matches {nets_!r}; there are {', '.join(f'digits-{n}' for n in _DIGITS)}, cifar-*")
     if figure is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.analyses.shape_rules import Shape
 from graphopt.analyses.shapes import Shapes
+from graphopt.analyses.tensor_facts import Shape
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass, Place

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.shape_rules import Shape
 from graphopt.analyses.shapes import Shapes
 from graphopt.analyses.symbolic import Expr, is_positive, product
+from graphopt.analyses.tensor_facts import Shape
 from graphopt.edit import Editor
 from graphopt.ir import Model, Node
 from graphopt.pass_base import Context, Pass, Place

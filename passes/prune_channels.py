@@ -24,7 +24,8 @@ import numpy as np
 from graphopt import equivalence
 from graphopt.analyses import allocation, calibration, gradients, latency
 from graphopt.analyses import prune_report as report
-from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group, Kept, channel_groups
+from graphopt.analyses.channel_costs import CostModel
+from graphopt.analyses.channel_groups import ChannelGroups, Group, Kept, channel_groups
 from graphopt.analyses.cut import Cut
 from graphopt.analyses.folding import fold
 from graphopt.analyses.importance import SELECTORS, Curve, Family, curve, families, selector, sites

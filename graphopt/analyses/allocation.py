@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Kept
+from graphopt.analyses.channel_costs import CostModel
+from graphopt.analyses.channel_groups import ChannelGroups, Kept
 from graphopt.analyses.gram import layers
 from graphopt.analyses.importance import Curve
 from graphopt.analyses.repair import Feeds, bridges, pool

@@ -16,7 +16,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from graphopt.analyses.channel_groups import ChannelGroups, Term, product
+from graphopt.analyses.channel_costs import Term, product
+from graphopt.analyses.channel_groups import ChannelGroups
 from graphopt.analyses.repair import Runner, pool
 from graphopt.elements import Constant, Variable
 from graphopt.ir import Graph, Model, Node

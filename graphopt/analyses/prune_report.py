@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graphopt.analyses.channel_groups import ChannelGroups, CostModel, Group
+from graphopt.analyses.channel_costs import CostModel
+from graphopt.analyses.channel_groups import ChannelGroups, Group
 from graphopt.analyses.cut import Cut, places_of
 from graphopt.analyses.repair import Fit
 

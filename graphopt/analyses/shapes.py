@@ -21,18 +21,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from graphopt.analyses import inference, symbolic
-from graphopt.analyses.shape_rules import (
-    CONTRIB_RULES,
-    MAX_VALUES,
-    SHAPE_RULES,
-    UNKNOWN,
-    VALUE_RULES,
-    Call,
-    Info,
-    Shape,
-    Values,
-)
+from graphopt.analyses.shape_rules import CONTRIB_RULES, SHAPE_RULES
 from graphopt.analyses.symbolic import Dim, Expr
+from graphopt.analyses.tensor_facts import MAX_VALUES, UNKNOWN, Call, Info, Shape, Values
+from graphopt.analyses.value_rules import VALUE_RULES
 from graphopt.ir import Graph, Model, Node, subgraphs
 from graphopt.reading import shape_of
 

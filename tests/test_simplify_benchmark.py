@@ -1,4 +1,4 @@
-"""The judging in benchmarks/simplify.py: what counts as a node, as valid, and as a loss. No peer is needed."""
+"""The judging of benchmarks/simplify.py: what counts as a node, as valid, and as a loss. No peer is needed."""
 
 import numpy as np
 import onnx
@@ -7,20 +7,8 @@ from onnx import parser
 
 from benchmarks.graphs import Sample, matches, required_inputs
 from benchmarks.harness import PeerRun
-from benchmarks.simplify import (
-    OURS,
-    Finding,
-    Outcome,
-    _keep,
-    _recalled,
-    count,
-    fastest,
-    gaps,
-    histogram,
-    interface,
-    judge,
-    verdict,
-)
+from benchmarks.simplify import OURS, Outcome, _keep, _recalled, fastest, gaps, verdict
+from benchmarks.simplify_judge import Finding, count, histogram, interface, judge
 from graphopt.measure import ProcessCost
 
 HEAD = '<ir_version: 8, opset_import: ["" : 17]>'
